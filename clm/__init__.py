@@ -1,0 +1,1 @@
+"""Blocks -> model: what run_clm.py calls, and `python -m clm` for what surrounds a run."""

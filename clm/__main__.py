@@ -1,0 +1,189 @@
+"""`python -m clm <verb>`: what surrounds a run. `python -m clm --help` lists the verbs.
+
+Arguments are declared here and the work is imported when its verb is called, so that --help needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+EXAMPLES = """examples:
+  python -m clm check recipes/llama_170m.yaml                 is this recipe right, and is its data there?
+  python -m clm sample demo --prompt "import os" --num 3      three texts from runs/demo/final
+  python -m clm sample llama_170m --checkpoint 4000           from a checkpoint of a run that still trains
+  python -m clm export demo --what both --dtype bfloat16      LlamaModel and LlamaForCausalLM, each in its folder
+  python -m clm push demo --repo-id user/name --private       runs/demo/final to the Hub
+  python -m clm reload demo                                   does final/ give the training's validation loss again?
+
+RUN is a name under runs/ (or under $RUNS_DIR), or the path of a run's folder.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m clm`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clm",
+        description="What surrounds a run: check it before, look at it, sample from it, export and push it after.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    # check and prep have command lines of their own; main() hands them over before argparse sees them.
+    verbs.add_parser("check", help="check a recipe and its data without training", add_help=False)
+    verbs.add_parser("prep", help="prepare all data that a recipe needs", add_help=False)
+
+    sample = _add_run_verb(verbs, "sample", "write texts with a run's model")
+    sample.add_argument(
+        "--checkpoint", type=_positive_integer, metavar="STEP", help="take checkpoint-STEP instead of final/"
+    )
+    sample.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="default: run.samples.prompts of the recipe, else none"
+    )
+    sample.add_argument("--max-new-tokens", type=_positive_integer, default=100, metavar="N", help="default: 100")
+    sample.add_argument(
+        "--temperature", type=_not_negative, default=0.7, metavar="T", help="0 takes the likeliest; default: 0.7"
+    )
+    sample.add_argument("--top-k", type=_not_negative_integer, default=20, metavar="K", help="0 means all; default: 20")
+    sample.add_argument(
+        "--seed", type=_not_negative_integer, default=0, metavar="N", help="same seed, same texts; default: 0"
+    )
+    sample.add_argument("--num", type=_positive_integer, default=1, metavar="N", help="texts per prompt; default: 1")
+
+    export = _add_run_verb(verbs, "export", "write the model as folders in Hub format, and prove that they load")
+    export.add_argument(
+        "--checkpoint", type=_positive_integer, metavar="STEP", help="take checkpoint-STEP instead of final/"
+    )
+    export.add_argument(
+        "--what",
+        choices=("base", "lm", "both"),
+        default="lm",
+        help="without the output head, with it, or both; default: lm",
+    )
+    export.add_argument("--out", metavar="DIR", help="default: RUN/export, or RUN/export/base or .../lm")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights; default: float32"
+    )
+
+    push = _add_run_verb(verbs, "push", "upload final/ to the Hub")
+    push.add_argument("--repo-id", metavar="USER/NAME", help="default: training.hub_model_id of the recipe")
+    push.add_argument("--private", action=argparse.BooleanOptionalAction, help="when the repository is made now")
+    push.add_argument("--revision", metavar="BRANCH", help="default: main")
+
+    _add_run_verb(
+        verbs, "reload", "load final/ afresh and compute the validation loss again; exit code 1 when it differs"
+    )
+    _add_run_verb(verbs, "yardstick", "bits per byte of the model beside zlib and lzma on the same text")
+    _add_run_verb(verbs, "demo", "what `make demo` shows at its end")
+    _add_run_verb(verbs, "curve", "draw curve.svg from metrics.jsonl")
+    card = _add_run_verb(verbs, "card", "write the model card of final/")
+    card.add_argument("--checkpoint", type=_positive_integer, metavar="STEP", help="of checkpoint-STEP instead")
+    return parser
+
+
+def run_verb(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit code."""
+    if args.verb == "sample":
+        from clm.sample import print_samples
+
+        print_samples(
+            args.run,
+            args.checkpoint,
+            args.prompt,
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            args.seed,
+            args.num,
+        )
+    elif args.verb == "export":
+        from clm.export import print_export
+
+        print_export(args.run, args.checkpoint, args.what, args.out, args.dtype)
+    elif args.verb == "push":
+        from clm.push import push_run
+
+        push_run(args.run, args.repo_id, args.private, args.revision)
+    elif args.verb == "reload":
+        from clm.reload import reload_run
+
+        return reload_run(args.run)
+    elif args.verb == "yardstick":
+        from clm.yardstick import print_yardstick
+
+        print_yardstick(args.run)
+    elif args.verb == "demo":
+        from clm.demo import show_run
+
+        return show_run(args.run)
+    elif args.verb == "curve":
+        from clm.curve import draw_curve
+        from clm.run_folder import find_run
+
+        print(draw_curve(find_run(args.run)))
+    elif args.verb == "card":
+        from clm.card import write_card
+        from clm.run_folder import find_run, model_folder
+
+        run = find_run(args.run)
+        print(write_card(run, model_folder(run, args.checkpoint)))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; what the user can mend is one `error:` on stderr and exit code 2."""
+    from data_prep.errors import UserError
+
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["check"]:
+            from clm.check import main as check
+
+            return check(argv[1:]) or 0
+        if argv[:1] == ["prep"]:
+            from clm.prepare import main as prepare
+
+            return prepare(argv[1:]) or 0
+        return run_verb(build_parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head` has read enough; without this Python complains again while it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _add_run_verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="a run's name under runs/, or its folder")
+    return parser
+
+
+def _positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def _not_negative_integer(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number, not negative")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

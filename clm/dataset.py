@@ -1,0 +1,167 @@
+"""Prepared blocks -> micro-batches.
+
+In: sample numbers (from the sampler) or rows of a validation split. Out: {"input_ids", "labels", "shift_labels"}.
+
+    block of 8 tokens [a b c d e f g h], next row starts with i, trained at T = 4:
+        input_ids     a b c d | e f g h
+        shift_labels  b c d e | f g h i        every position is trained; -100 only at a shard's last position
+
+Shapes: B rows of a micro-batch, T the recipe's block_size; a prepared block gives block_size_prepared / T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from clm.order import Order, derive_key, permute
+from data_prep.blocks import Blocks
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
+
+
+def as_batch(inputs: np.ndarray, targets: np.ndarray) -> dict[str, torch.Tensor]:
+    """One micro-batch for a causal language model.
+
+    `labels` is the input itself: transformers computes a loss only when it is given, and uses `shift_labels` as they
+    are (transformers/loss/loss_utils.py, ForCausalLMLoss), so nothing is shifted twice.
+    """
+    input_ids = torch.from_numpy(np.ascontiguousarray(inputs))
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids,
+        "shift_labels": torch.from_numpy(np.ascontiguousarray(targets)),
+    }
+
+
+class PermutedTargets:
+    """Targets drawn from anywhere in the corpus: position p gets the token at a permuted position.
+
+    A control (`data.permute_labels`): nothing in the input says anything about the target any more, so the loss of a
+    sound pipeline ends at the unigram entropy of the corpus, and one that leaks targets ends below it.
+    """
+
+    def __init__(self, blocks: Blocks, seed: int):
+        self.blocks = blocks
+        self.key = derive_key(seed, "permuted targets")
+
+    def targets(self, block_numbers: np.ndarray) -> np.ndarray:
+        """(n, P) targets for n prepared blocks of P tokens."""
+        size = self.blocks.block_size
+        positions = block_numbers[:, None] * size + np.arange(size)
+        return self.blocks.token_at(permute(positions, self.blocks.num_tokens, self.key))
+
+
+def read_blocks(
+    blocks: Blocks, block_numbers: np.ndarray, control: PermutedTargets | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of n prepared blocks of P tokens, both (n, P) int64."""
+    tokens = blocks.read(block_numbers)
+    return tokens[:, :-1], tokens[:, 1:] if control is None else control.targets(block_numbers)
+
+
+class TrainBlocks(torch.utils.data.Dataset):
+    """The run's samples: sample i is one prepared block, found by the order.
+
+    Args:
+        splits: the mixture's train splits, in the order of `order.sources`.
+        order: which block sample i is.
+        block_size: T of the recipe; divides each prepared block size.
+        num_samples: length of the run in prepared blocks.
+        permute_seed: a seed for the permuted-labels control, None for training.
+    """
+
+    def __init__(
+        self, splits: list[Blocks], order: Order, block_size: int, num_samples: int, permute_seed: int | None = None
+    ):
+        self.splits = splits
+        self.order = order
+        self.block_size = block_size
+        self.num_samples = num_samples
+        self.controls = [None if permute_seed is None else PermutedTargets(s, permute_seed) for s in splits]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.__getitems__([sample])
+
+    def __getitems__(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of a whole micro-batch at once, rows in the order of the samples; no Python lists."""
+        dataset, block = self.order.block_at(np.asarray(samples))
+        shape = (len(samples), self.splits[0].block_size)
+        inputs, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        for j, split in enumerate(self.splits):
+            mine = np.flatnonzero(dataset == j)
+            if mine.size:
+                inputs[mine], targets[mine] = read_blocks(split, block[mine], self.controls[j])
+        return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size)
+
+
+def collate(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor]:
+    """What the DataLoader calls on a micro-batch of TrainBlocks."""
+    return as_batch(*rows)
+
+
+class OrderSampler(torch.utils.data.Sampler[int]):
+    """Sample numbers from the run's current position on.
+
+    Replaces Trainer's RandomSampler. `__iter__` is lazy: Trainer builds the loader before it restores the state, so the
+    position is read when iteration begins, and a resumed run starts at its exact sample without skipping any.
+    """
+
+    def __init__(self, trainer: Trainer, num_samples: int, samples_per_step: int):
+        self.trainer = trainer
+        self.num_samples = num_samples
+        self.samples_per_step = samples_per_step
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainer.state.global_step * self.samples_per_step, self.num_samples))
+
+
+class ValidationRows:
+    """The first rows of one validation split, in written order.
+
+    Args:
+        name: the set's name in the metrics.
+        blocks: its validation split.
+        block_size: T of the recipe.
+        max_tokens: use at most this many tokens (whole rows, at least one); None: all.
+        permute_seed: as in TrainBlocks.
+    """
+
+    def __init__(
+        self, name: str, blocks: Blocks, block_size: int, max_tokens: int | None, permute_seed: int | None = None
+    ):
+        self.name = name
+        self.blocks = blocks
+        self.block_size = block_size
+        self.rows_per_block = blocks.block_size // block_size
+        all_rows = blocks.num_blocks * self.rows_per_block
+        self.num_rows = all_rows if max_tokens is None else min(all_rows, max(1, max_tokens // block_size))
+        self.control = None if permute_seed is None else PermutedTargets(blocks, permute_seed)
+
+    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [first, first + count) as (count, T) inputs and targets; rows past the end are all -100 targets."""
+        rows = np.arange(first, min(first + count, self.num_rows))
+        inputs = np.zeros((count, self.block_size), dtype=np.int64)
+        targets = np.full((count, self.block_size), IGNORE, dtype=np.int64)
+        if rows.size:
+            block_numbers = np.arange(rows[0] // self.rows_per_block, rows[-1] // self.rows_per_block + 1)
+            skip = rows[0] - block_numbers[0] * self.rows_per_block
+            for out, read in zip((inputs, targets), read_blocks(self.blocks, block_numbers, self.control), strict=True):
+                out[: rows.size] = read.reshape(-1, self.block_size)[skip : skip + rows.size]
+        return inputs, targets
+
+    def describe(self) -> dict[str, Any]:
+        """For the resolved recipe: the set's name and how many tokens are evaluated."""
+        return {"name": self.name, "folder": str(self.blocks.folder), "num_tokens": self.num_rows * self.block_size}

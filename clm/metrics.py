@@ -1,0 +1,139 @@
+"""What a run writes while it trains: metrics.jsonl, train.log, the progress bar, curve.svg.
+
+metrics.jsonl has one JSON object per log point; a line is written with a single write and flushed, and on resume the
+file is cut back to the checkpoint's step, so that no line is torn and no step appears twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+log = logging.getLogger("clm")
+
+
+def setup_logging(run: Path | None, is_main: bool) -> None:
+    """Messages go to the terminal as they are and to train.log with a time; other ranks only warn."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
+    terminal = _TqdmHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if run is not None and is_main:
+        file = logging.FileHandler(run / "train.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(file)
+
+
+class _TqdmHandler(logging.Handler):
+    """Prints above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of a .jsonl after `step`, and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("step", 0) <= step and not record.get("finished"):
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class JsonLines:
+    """Appends records to a .jsonl file, one write each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record and flush it."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, learning rate, tokens/s and time left; lines where there is no terminal.
+
+    Replaces Trainer's ProgressCallback, which knows no tokens. The meter lives here too: `seconds` is the training time
+    over all resumes (evaluation and saving included), `tokens_per_s` the rate since the last log point without them.
+    """
+
+    def __init__(self, tokens_per_step: int, show: bool, as_bar: bool | None = None):
+        self.tokens_per_step = tokens_per_step
+        self.show = show
+        self.as_bar = sys.stderr.isatty() if as_bar is None else as_bar
+        self.bar: tqdm | None = None
+        self.seconds_before = 0.0  # of the resumed checkpoint
+        self.started_at = time.perf_counter()
+        self._step_seconds = 0.0
+        self._steps = 0
+        self._step_started_at = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Training time of this run, all its resumes together."""
+        return self.seconds_before + time.perf_counter() - self.started_at
+
+    def take_tokens_per_s(self) -> float | None:
+        """Tokens per second since the last call, counted over training steps only; None before the first step."""
+        steps, seconds = self._steps, self._step_seconds
+        self._steps, self._step_seconds = 0, 0.0
+        return steps * self.tokens_per_step / seconds if steps and seconds > 0 else None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started_at = time.perf_counter()
+        if self.show and self.as_bar:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._step_started_at = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step_seconds += time.perf_counter() - self._step_started_at
+        self._steps += 1
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def report(self, record: dict[str, Any], max_steps: int) -> None:
+        """Show one training log point."""
+        rate = record.get("tokens_per_s")
+        speed = f"{rate:,.0f} tok/s" if rate else ""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {record['learning_rate']:.2e}, {speed}")
+        elif self.show:
+            left = (max_steps - record["step"]) * self.tokens_per_step / rate if rate else 0
+            log.info(
+                "step %s/%s  loss %.4f  lr %.3e  grad norm %.3f  %s  left %s",
+                f"{record['step']:,}",
+                f"{max_steps:,}",
+                record["loss"],
+                record["learning_rate"],
+                record.get("grad_norm") or float("nan"),
+                speed,
+                tqdm.format_interval(left),
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,239 @@
+"""Builds the model: from a config with documented random weights, or from an existing checkpoint.
+
+In: the recipe's model section, the tokenizer of the prepared data. Out: a transformers model in fp32 whose special token
+ids are the tokenizer's. Everything that can be refused is refused before weights exist (`check_model`).
+
+Initial weights are a pure function of (config, seed): each matrix is drawn from its own generator, keyed by seed and
+parameter name, so neither the launcher nor the order of construction matters. Matrices are normal(0, initializer_range)
+as in GPT-2 (Radford et al. 2019, section 2.3); with `scaled_init` the matrices that write into the residual stream
+(o_proj, down_proj) get std / sqrt(2 * layers), the scaling of the same section. Norm weights are 1, biases 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clm.order import derive_key
+from clm.recipe import ModelSection, Problems
+from data_prep.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight", "w2.weight")
+# A vocabulary may be padded up to a multiple of 64, 128 or 256 rows for speed; more than that is another tokenizer.
+MAX_VOCABULARY_PADDING = 256
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """Read a model_configs/*.json strictly.
+
+    Raises:
+        UserError: not JSON, no or an unknown model_type, a key its config class does not know, or a `dtype`.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}.") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"{path}: model_type is {kind!r}, which transformers does not know. Write for example llama.")
+    for name in ("dtype", "torch_dtype"):
+        if name in raw:
+            raise UserError(
+                f"{path}: {name} is {raw[name]!r} but weights are always trained as fp32 masters. Remove the key; "
+                "precision is training.bf16."
+            )
+    config = AutoConfig.for_model(kind)
+    known = {*config.to_dict(), *vars(config), *config.attribute_map, "architectures", "rope_theta", "rope_scaling"}
+    for name in raw:
+        if name not in known and not hasattr(config, name):
+            near = nearest(name, sorted(known))
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"{path}: {name} is not a key of {type(config).__name__}.{hint}")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers validates with several exception types
+        raise UserError(f"{path}: {type(config).__name__} refuses it: {error}") from None
+
+
+def load_checkpoint_config(init: str) -> PretrainedConfig:
+    """The config of `model.init: <folder or Hub id>`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(init)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.init is {init!r}, which cannot be loaded: {str(error).splitlines()[0]} Name a folder with config.json "
+            "and model.safetensors, or a Hub id that this machine can reach (gated models: hf auth login)."
+        ) from None
+
+
+def check_model(
+    section: ModelSection,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str,
+    block_size: int,
+    problems: Problems,
+) -> None:
+    """Compare model, tokenizer and block size before anything is spent; problems are collected."""
+    source = section.config if section.init == "random" else section.init
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        problems.add(
+            "data.block_size",
+            f"is {block_size} but {source} has max_position_embeddings {positions}. "
+            f"Set data.block_size to at most {positions}, or raise it in the config.",
+        )
+    size, rows = len(tokenizer), config.vocab_size
+    if rows < size:
+        problems.add(
+            "model.config" if section.init == "random" else "model.init",
+            f"is {source} with vocab_size {rows} but the tokenizer of {dataset} has {size} tokens. Ids above {rows - 1} "
+            f"would have no embedding. Set vocab_size to {size}, or prepare the data with the model's own tokenizer.",
+        )
+    elif section.init == "random" and rows - size >= MAX_VOCABULARY_PADDING:
+        problems.add(
+            "model.config",
+            f"is {source} with vocab_size {rows} but the tokenizer of {dataset} has {size} tokens. "
+            f"{rows - size} rows would never be trained. Set vocab_size to {size}, or use data with that tokenizer.",
+        )
+    if section.init != "random":
+        _check_checkpoint_tokenizer(section.init, tokenizer, dataset, problems)
+
+
+def _check_checkpoint_tokenizer(init: str, tokenizer: Any, dataset: str, problems: Problems) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(init)
+    except (OSError, ValueError, KeyError):
+        problems.add(
+            "model.init",
+            f"is {init}, which has no tokenizer to compare with the one of {dataset}. Put its tokenizer files beside the "
+            "weights.",
+        )
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        problems.add(
+            "model.init",
+            f"is {init} with a tokenizer of {len(own)} tokens, which is not the one {dataset} was prepared with "
+            f"({len(tokenizer)} tokens). The same id would mean another text. Prepare the data with it: "
+            f"set data.tokenizer to {init} and run make prep RECIPE=<recipe>.",
+        )
+        return
+    for name in ("bos_token_id", "eos_token_id"):
+        ours, theirs = getattr(tokenizer, name), getattr(own, name)
+        if theirs is not None and ours != theirs:
+            problems.add(
+                "model.init",
+                f"is {init} whose {name} is {theirs} but {dataset} was prepared with {ours}. Prepare it with data.tokenizer: {init}.",
+            )
+
+
+def choose_attention(wanted: str, bf16: bool, has_gpu: bool) -> tuple[str, str]:
+    """The attention implementation and one sentence that says why.
+
+    Raises:
+        UserError: FlashAttention without bf16, without a GPU, or not installed.
+    """
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if wanted == "auto":
+        if has_gpu and bf16 and is_flash_attn_2_available():
+            return "flash_attention_2", "auto: flash-attn is installed and the run is bf16"
+        return "sdpa", "auto: PyTorch's own kernels need no extra package"
+    if wanted in installed:
+        if not has_gpu:
+            raise UserError(f"model.attention is {wanted} but there is no CUDA GPU. Set model.attention: sdpa.")
+        if not bf16:
+            raise UserError(
+                f"model.attention is {wanted} but the run is fp32, which its kernels do not have. "
+                "Set training.bf16: true, or model.attention: sdpa."
+            )
+        if not installed[wanted]():
+            raise UserError(
+                f"model.attention is {wanted} but its package is not installed. Run pip install -e '.[flash]', or set "
+                "model.attention: sdpa."
+            )
+    return wanted, "as the recipe says"
+
+
+def set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the tokenizer's bos, eos and pad ids into the config; an id the tokenizer does not have becomes None.
+
+    A config class brings its own defaults (Llama's: bos 1, eos 2), which in another tokenizer are ordinary tokens.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def build_model(
+    section: ModelSection, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, attention: str, seed: int
+) -> PreTrainedModel:
+    """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    set_special_ids(config, tokenizer)
+    if section.init == "random":
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        draw_weights(model, seed, section.scaled_init)
+    else:
+        # transformers' default is the checkpoint's own dtype: bf16 weights would be trained without fp32 masters
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                section.init, config=config, attn_implementation=attention, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"model.init is {section.init!r}, whose weights cannot be loaded: {error}") from None
+    generation = model.generation_config
+    if generation is not None:
+        generation.bos_token_id, generation.pad_token_id = config.bos_token_id, config.pad_token_id
+        generation.eos_token_id = config.eos_token_id
+    return model
+
+
+def draw_weights(model: PreTrainedModel, seed: int, scaled: bool) -> None:
+    """Draw every matrix anew, as the module's docstring says; one-dimensional parameters stay as the class made them."""
+    import torch
+
+    std = getattr(model.config, "initializer_range", 0.02)
+    num_layers = model.config.num_hidden_layers
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # tied weights appear once, under their first name
+            with _gathered(parameter):
+                if parameter.dim() < 2:
+                    continue
+                own = std / math.sqrt(2 * num_layers) if scaled and name.endswith(RESIDUAL_WRITERS) else std
+                generator = torch.Generator().manual_seed(derive_key(seed, "weights", name) >> 1)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, own, generator=generator))
+
+
+def _gathered(parameter: Any) -> contextlib.AbstractContextManager:
+    """Under ZeRO stage 3 a parameter is empty on every rank; gather it, and let rank 0's values be scattered again."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """The exact number of parameters, tied ones once, without allocating any."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,131 @@
+"""A run's final/ -> a model repository on the Hub.
+
+In: a folder in Hub format and a repository id. Out: the commit's URL. What can go wrong (no token, a wrong one, no
+right to write, offline, no network) ends in one sentence with its remedy; nothing is written locally, so a push can be
+repeated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clm.run_folder import find_run, model_folder, read_recipe
+from data_prep.errors import UserError
+
+_TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+    path_in_repo: str | None = None,
+    ignore_patterns: list[str] | None = None,
+) -> str:
+    """Upload every file of `folder` and return the commit's URL.
+
+    Args:
+        repo_id: `user/name`, or `name` for the token's own user; made if it does not exist.
+        private: only for a repository that is made now; None is the account's default.
+        revision: branch; made if it does not exist.
+        token: default is HF_TOKEN, else the one that `hf auth login` stored.
+        path_in_repo: a folder there; None is the repository's root.
+        ignore_patterns: files that are not sent, as globs.
+    Raises:
+        UserError: with what to do about it. The message never contains the token.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HFValidationError
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            "HF_HUB_OFFLINE is set, so nothing can be pushed. "
+            "Unset it: env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE make push ..."
+        )
+    if not (token or get_token()):
+        raise UserError(
+            f"No Hub token found. Make one with the right to write ({_TOKENS_PAGE}), "
+            "then: hf auth login, or export HF_TOKEN=..."
+        )
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision and revision != constants.DEFAULT_REVISION:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            revision=revision,
+            commit_message=commit_message,
+            ignore_patterns=ignore_patterns,
+        )
+    except HFValidationError as error:
+        raise UserError(f"--repo-id is {repo_id!r}, which the Hub does not take: {error}. Write user/name.") from None
+    except Exception as error:
+        message = _explain(error, repo_id, api.endpoint)
+        if message is None:
+            raise
+        raise UserError(message) from error
+    return commit.commit_url
+
+
+def _explain(error: BaseException, repo_id: str, endpoint: str) -> str | None:
+    """What a failed request means for the user; None for an error that is not the Hub's or the network's."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
+        error = error.__cause__  # an upload thread wraps what happened to it
+    if isinstance(error, OfflineModeIsEnabled):
+        return "The Hub library is in offline mode. Unset HF_HUB_OFFLINE and push again."
+    if not isinstance(error, HfHubHTTPError):
+        # Which HTTP library raises depends on huggingface_hub's version (httpx, httpx2, requests); the names agree.
+        is_network = isinstance(error, OSError) or any(
+            word in type(error).__name__
+            for word in ("Connect", "Timeout", "Network", "Protocol", "ReadError", "WriteError")
+        )
+        what = f"{type(error).__name__}: {error}"
+        return (
+            f"{endpoint} cannot be reached ({what}). Check the network or proxy, then push again."
+            if is_network
+            else None
+        )
+    status = error.response.status_code if error.response is not None else None
+    if status == 401:
+        return (
+            f"The Hub does not accept the token (401). It may have expired: make a new one ({_TOKENS_PAGE}), "
+            "then: hf auth login"
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {repo_id} (403). It needs the write role and you need to be a member of that "
+            f"namespace: {_TOKENS_PAGE}. Another name goes with --repo-id user/name"
+        )
+    if status == 404:
+        return f"{repo_id} or its branch does not exist for this token (404). Check --repo-id and --revision."
+    if status == 429 or (status or 0) >= 500:
+        return f"The Hub answered {status}, which is not about you or the model. Push again later."
+    return f"The Hub refused the upload to {repo_id} ({status}): {str(error).splitlines()[-1]}"
+
+
+def push_run(name: str, repo_id: str | None, private: bool | None, revision: str | None) -> None:
+    """`python -m clm push`: push a run's final model; what is not given comes from the recipe's training.hub_* keys."""
+    run = find_run(name)
+    training = read_recipe(run).get("training") or {}
+    folder = model_folder(run)
+    repo_id = repo_id or training.get("hub_model_id")
+    if not repo_id:
+        raise UserError(
+            f"{run / 'recipe.yaml'}: training.hub_model_id is not set, so it is not known where to push. "
+            f"Say it: python -m clm push {name} --repo-id user/{run.resolve().name}"
+        )
+    if not (folder / "README.md").is_file():
+        raise UserError(f"{folder}: has no model card. Write it first: python -m clm card {name}")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"pushing {folder} ({size / 1e6:,.1f} MB) to {repo_id}", flush=True)
+    private = training.get("hub_private_repo") if private is None else private
+    url = push_folder(folder, repo_id, private, revision or training.get("hub_revision"))
+    print(url)

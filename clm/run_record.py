@@ -1,0 +1,202 @@
+"""The run's own record: runs/<name>/recipe.yaml, and whether a run folder belongs to the recipe at hand.
+
+In: a plan or a recipe. Out: recipe.yaml with a `resolved:` section, written by rename; or a UserError with the
+differences when the folder was made by another recipe or from other data.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clm.recipe import Recipe, load_recipe
+from data_prep.errors import UserError
+from data_prep.paths import runs_dir
+
+RECORD = "recipe.yaml"
+
+# What may change between two starts of one run, because it changes neither the data, the weights nor the schedule.
+FREE_KEYS = {
+    "model.attention",
+    "data.validation",
+    "data.max_epochs",
+    "data.tokenizer",  # what prep uses; the prepared data is compared by its fingerprint
+    "run.samples",
+}
+FREE_TRAINING_KEYS = {
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "logging_first_step",
+    "eval_steps",
+    "eval_strategy",
+    "eval_delay",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "report_to",
+    "disable_tqdm",
+    "use_cpu",
+    "ddp_backend",
+    "ddp_timeout",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "deepspeed",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "torch_empty_cache_steps",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "skip_memory_metrics",
+    "project",
+    "run_name",
+    "accelerator_config",
+}
+FREE_PREFIXES = ("dataloader_", "hub_", "push_to_hub", "trackio_")
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether runs/<name>/final exists, which is written last; needs no torch.
+
+    Raises:
+        UserError: the run folder belongs to another recipe.
+    """
+    run = runs_dir() / recipe.name
+    check_same_recipe(recipe, run)
+    return (run / "final").is_dir()
+
+
+def check_same_recipe(recipe: Recipe, run: Path) -> None:
+    """Refuse a run folder that another recipe made.
+
+    Raises:
+        UserError: lists every key that differs, with both values.
+    """
+    record = run / RECORD
+    if not record.is_file():
+        return
+    before = _flatten(load_recipe(record).to_dict())
+    now = _flatten(recipe.to_dict())
+    missing = object()
+    different = [
+        f"  {key}: {before.get(key, 'not set')!r} in the run, {now.get(key, 'not set')!r} in {recipe.path}"
+        for key in sorted({*before, *now})
+        if before.get(key, missing) != now.get(key, missing) and not _may_change(key)
+    ]
+    if different:
+        raise UserError(
+            f"{run} belongs to another recipe:\n" + "\n".join(different) + "\nNothing was changed. Give this run its own "
+            f"folder with training.run_name={recipe.name}-2, or put the values back, or delete {run}."
+        )
+
+
+def check_same_data(plan: Any) -> None:
+    """Refuse to continue on data that was prepared anew with another content.
+
+    Raises:
+        UserError: names the dataset and both fingerprints.
+    """
+    record = plan.run_folder / RECORD
+    if not record.is_file():
+        return
+    resolved = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}).get("resolved") or {}
+    before = {entry["name"]: entry["fingerprint"] for entry in resolved.get("datasets", [])}
+    for item, split in zip(plan.recipe.data.mixture, plan.splits, strict=True):
+        known, now = before.get(item.dataset), split.manifest.fingerprint
+        if known is not None and known != now:
+            raise UserError(
+                f"{split.folder}: the data has changed since {plan.run_folder} began (fingerprint {known[:12]} then, "
+                f"{now[:12]} now). Going on would mix two corpora in one curve. Restore the data, or start a new run with "
+                f"training.run_name={plan.recipe.name}-2."
+            )
+
+
+def write_record(plan: Any) -> None:
+    """Write runs/<name>/recipe.yaml: the recipe with every default written out, and what was resolved."""
+    document = {**plan.recipe.to_dict(), "resolved": resolve(plan)}
+    path = plan.run_folder / RECORD
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def resolve(plan: Any) -> dict[str, Any]:
+    """The `resolved:` section."""
+    return {
+        "num_processes": plan.num_processes,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "num_steps": plan.num_steps,
+        "tokens_per_step": plan.tokens_per_step,
+        "num_tokens": plan.num_steps * plan.tokens_per_step,
+        "num_parameters": plan.num_parameters,
+        "precision": plan.precision,
+        "attention": plan.attention,
+        "device": _describe_device(plan),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "pyarrow")},
+        "git_commit": _git_commit(),
+        "datasets": [
+            {
+                "name": item.dataset,
+                "folder": str(split.folder),
+                "fingerprint": split.manifest.fingerprint,
+                "num_tokens": split.num_tokens,
+                "weight": float(share),
+                "passes": passes,
+                "licence": split.manifest.licence,
+            }
+            for item, split, share, passes in zip(
+                plan.recipe.data.mixture,
+                plan.splits,
+                plan.order.shares,
+                plan.order.passes(plan.num_steps * plan.samples_per_step),
+                strict=True,
+            )
+        ],
+        "validation": [rows.describe() for rows in plan.validation],
+        "init": plan.recipe.model.init,
+    }
+
+
+def _describe_device(plan: Any) -> str:
+    import torch
+
+    if torch.cuda.is_available() and not plan.training.get("use_cpu"):
+        return f"{plan.num_processes} x {torch.cuda.get_device_name()}"
+    return f"{plan.num_processes} x CPU, {torch.get_num_threads()} threads"
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _may_change(key: str) -> bool:
+    section, _, name = key.partition(".")
+    if section == "training":
+        return name.split(".")[0] in FREE_TRAINING_KEYS or name.startswith(FREE_PREFIXES)
+    return any(key == free or key.startswith((f"{free}.", f"{free}[")) for free in FREE_KEYS)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, child in value.items() for k, v in _flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, child in enumerate(value) for k, v in _flatten(child, f"{prefix}[{i}]").items()}
+    return {prefix: value}

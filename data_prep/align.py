@@ -1,0 +1,171 @@
+"""Token runs into shards of blocks, and unit tables into the document map.
+
+In: the runs of all units, in order, with their lengths. Out: <split>/data-00000.arrow ... and documents/<split>.arrow.
+A shard holds SHARD_TOKENS // block_size blocks, the last one the rest; it copies exactly its range of the stream,
+wherever runs begin and end, and a run is deleted as soon as no later shard needs it. Worked example, block_size 4, two
+blocks a shard, runs of 7, 5 and 6 tokens: shard 0 is run 0 and the first token of run 1, shard 1 the other 4 tokens of
+run 1 and the first 4 of run 2; 2 tokens are left over.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from data_prep.documents import ROWS_PER_BATCH, map_path, map_schema
+from data_prep.encode import rows_path, run_path
+from data_prep.ledger import TRAIN, VALIDATION
+from data_prep.manifest import ShardInfo
+from data_prep.tokenizer_folder import sha256_of
+
+SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large enough to be few
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What of a unit is kept: its first `num_rows` records, and the tokens of these in each split."""
+
+    key: str
+    num_rows: int
+    first_record: int  # what to add to the unit's record numbers
+    num_tokens: dict[str, int]
+
+
+def write_split(
+    folder: Path, work: Path, split: str, units: list[Taken], block_size: int, dtype: np.dtype
+) -> tuple[ShardInfo, ...]:
+    """All shards of a split, and what `datasets.load_from_disk` wants beside them.
+
+    Shards that an earlier attempt wrote stay.
+    """
+    starts = np.cumsum([0, *(unit.num_tokens[split] for unit in units)], dtype=np.int64)
+    num_blocks = int(starts[-1]) // block_size
+    rows_per_shard = max(SHARD_TOKENS // block_size, 1)
+    (folder / split).mkdir(exist_ok=True)
+    shards: list[ShardInfo] = []
+    num_used = 0  # runs that no later shard needs
+    for number in range(max(-(-num_blocks // rows_per_shard), 1)):
+        first = number * rows_per_shard
+        rows = min(rows_per_shard, num_blocks - first)
+        path = folder / split / f"data-{number:05d}.arrow"
+        if not path.exists():
+            tokens = _read_range(work, split, units, starts, first * block_size, (first + rows) * block_size, dtype)
+            _write_shard(path, tokens, block_size)
+        while num_used < len(units) and starts[num_used + 1] <= (first + rows) * block_size:
+            run_path(work, units[num_used].key, split).unlink(missing_ok=True)
+            num_used += 1
+        shards.append(ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path)))
+    _write_dataset_files(folder / split, split, shards, block_size, dtype)
+    return tuple(shards)
+
+
+def write_document_map(
+    folder: Path, work: Path, split: str, units: Iterable[Taken], keep_columns: dict[str, str]
+) -> str:
+    """documents/<split>.arrow, a fixed number of rows per batch; its sha256."""
+    path = map_path(folder, split)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    schema = map_schema(keep_columns)
+    waiting: list[pa.RecordBatch] = []
+    with open(temporary, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        first_token = 0
+        for unit in units:
+            rows = read_rows(work, unit.key).slice(0, unit.num_rows)
+            here = rows.filter(pa.array(rows["status"].to_numpy() == (TRAIN if split == "train" else VALIDATION)))
+            num_tokens = here["num_tokens"].to_numpy().astype(np.uint64)
+            ends = first_token + np.cumsum(num_tokens, dtype=np.uint64)
+            columns = {
+                "first_token": pa.array(ends - num_tokens),
+                "source": here["file"].combine_chunks(),
+                "record": pa.array(here["record"].to_numpy() + np.uint64(unit.first_record)),
+                "num_bytes": here["num_bytes"].combine_chunks(),
+            }
+            for name, kind in keep_columns.items():
+                is_there = name in here.column_names
+                columns[name] = (
+                    here[name].combine_chunks() if is_there else pa.nulls(len(here), pa.type_for_alias(kind))
+                )
+            waiting += pa.table(columns, schema=schema).to_batches()
+            first_token = int(ends[-1]) if len(ends) else first_token
+            if sum(len(batch) for batch in waiting) >= ROWS_PER_BATCH:
+                waiting = _write_full_batches(writer, waiting, schema)
+        for batch in pa.Table.from_batches(waiting, schema).combine_chunks().to_batches():
+            writer.write_batch(batch)  # one batch, or none
+    _put_in_place(temporary, path)
+    return sha256_of(path)
+
+
+def read_rows(work: Path, key: str) -> pa.Table:
+    """The table of a unit's records."""
+    with pa.OSFile(str(rows_path(work, key))) as file:
+        return pa.ipc.open_stream(file).read_all()
+
+
+def _write_full_batches(
+    writer: pa.RecordBatchStreamWriter, batches: list[pa.RecordBatch], schema: pa.Schema
+) -> list[pa.RecordBatch]:
+    """Write batches of exactly ROWS_PER_BATCH rows; what is left over comes back."""
+    table = pa.Table.from_batches(batches, schema).combine_chunks()
+    num_full = len(table) // ROWS_PER_BATCH * ROWS_PER_BATCH
+    for start in range(0, num_full, ROWS_PER_BATCH):
+        writer.write_batch(table.slice(start, ROWS_PER_BATCH).combine_chunks().to_batches()[0])
+    return table.slice(num_full).to_batches()
+
+
+def _read_range(
+    work: Path, split: str, units: list[Taken], starts: np.ndarray, first: int, end: int, dtype: np.dtype
+) -> np.ndarray:
+    """Tokens [first, end) of the split's stream."""
+    out = np.empty(end - first, dtype=dtype)
+    index = int(np.searchsorted(starts, first, side="right")) - 1
+    position = first
+    while position < end:
+        stop = min(int(starts[index + 1]), end)
+        if stop > position:
+            path = run_path(work, units[index].key, split)
+            offset = (position - int(starts[index])) * dtype.itemsize
+            run = np.fromfile(path, dtype=dtype, count=stop - position, offset=offset)
+            out[position - first : stop - first] = run
+            position = stop
+        index += 1
+    return out
+
+
+def _write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
+    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(tokens.dtype), block_size)})
+    blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens), type=schema.field("input_ids").type)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(pa.record_batch([blocks], schema=schema))
+    _put_in_place(temporary, path)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _write_dataset_files(folder: Path, split: str, shards: list[ShardInfo], block_size: int, dtype: np.dtype) -> None:
+    """state.json and dataset_info.json, as `datasets.Dataset.save_to_disk` writes them."""
+    feature = {"feature": {"dtype": str(dtype), "_type": "Value"}, "length": block_size, "_type": "List"}
+    state = {
+        "_data_files": [{"filename": Path(shard.file).name} for shard in shards],
+        # `datasets` finds cached results of map() by this: it must differ wherever the content does.
+        "_fingerprint": hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": split,
+    }
+    (folder / "dataset_info.json").write_text(
+        json.dumps({"features": {"input_ids": feature}}, indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,194 @@
+"""Datasets of the Hugging Face Hub: which files a split has, and one file at a time on this disk.
+
+In: a catalogue entry with a repository. Out: its files, pinned to one commit, and paths in the Hub's cache.
+`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to every Hugging Face library. The list of
+files is remembered under `data/.hub/`, so that a dataset whose files are in the cache can be prepared again without
+network.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from data_prep.catalog import DatasetEntry
+from data_prep.errors import UserError, did_you_mean
+from data_prep.paths import data_dir
+from data_prep.sources import SourceFile, source_format
+
+RETRY_WAITS_S = (1, 2, 4, 8, 16, 32)
+PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+Result = TypeVar("Result")
+
+
+def list_hub_files(entry: DatasetEntry) -> list[SourceFile]:
+    """The files of the entry's splits, in the repository's order, pinned to the commit that `entry.revision` is now.
+
+    Raises:
+        UserError: no network, offline and never listed, gated, no such dataset, revision, config or split.
+    """
+    remembered = _memory_path(entry)
+    try:
+        files = with_retries(lambda: _list_files(entry), f"the file list of {entry.repository}")
+    except UserError as error:
+        if error.__cause__ is None or not _is_unreachable(error.__cause__) or not remembered.exists():
+            raise
+        print(f"{entry.repository}: the Hub is not reachable; using the file list of the last time.", file=sys.stderr)
+        return [SourceFile(**file) for file in json.loads(remembered.read_text(encoding="utf-8"))]
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")
+    os.replace(temporary, remembered)
+    return files
+
+
+def download_file(entry: DatasetEntry, file: SourceFile) -> str:
+    """The path of one file in the Hub's cache, downloaded with a progress bar if it is not there yet.
+
+    Raises:
+        UserError: as `list_hub_files`, after retries with growing waits.
+    """
+    from huggingface_hub import hf_hub_download
+
+    commit = file.identity.removeprefix("commit:")
+
+    def download() -> str:
+        return hf_hub_download(entry.repository, file.name, repo_type="dataset", revision=commit)
+
+    return with_retries(download, f"{entry.repository}: {file.name}", is_started=True)
+
+
+def with_retries(
+    action: Callable[[], Result], what: str, *, is_started: bool = False, waits_s: Sequence[float] = RETRY_WAITS_S
+) -> Result:
+    """`action()`, tried again with growing waits while the Hub is busy or slow; once `is_started`, also while away.
+
+    Raises:
+        UserError: what went wrong and what to do, when waiting does not help.
+    """
+    for wait_s in (*waits_s, None):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:
+            if wait_s is None or not _is_passing(error, is_started):
+                raise UserError(_explain(error, what)) from error
+            print(f"{what}: {_status(error) or type(error).__name__}, next try in {wait_s} s", file=sys.stderr)
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
+
+
+def _list_files(entry: DatasetEntry) -> list[SourceFile]:
+    from datasets import get_dataset_config_names, load_dataset_builder
+    from huggingface_hub import HfApi
+
+    commit = HfApi().dataset_info(entry.repository, revision=entry.revision).sha
+    configs = get_dataset_config_names(entry.repository, revision=commit)
+    if entry.config is not None and entry.config not in configs:
+        raise UserError(f"{entry.repository}: has no config {entry.config}. {did_you_mean(entry.config, configs)}")
+    if entry.config is None and len(configs) > 1 and "default" not in configs:
+        raise UserError(
+            f"{entry.repository}: has several configs: {', '.join(configs)}. "
+            f"Say which in a file of your own, data_prep/datasets/<name>.yaml, with the key config (copy fineweb.yaml)."
+        )
+    builder = load_dataset_builder(entry.repository, entry.config, revision=commit)
+    found = dict(builder.config.data_files or {})
+    files = []
+    for split, theirs in entry.splits.items():
+        if theirs not in found:
+            raise UserError(
+                f"{entry.repository}: has no split {theirs}. {did_you_mean(theirs, [str(name) for name in found])}"
+            )
+        prefix = f"hf://datasets/{entry.repository}@{commit}/"
+        names = [str(url).removeprefix(prefix) for url in found[theirs]]
+        sizes = {}
+        for start in range(0, len(names), 100):
+            infos = HfApi().get_paths_info(
+                entry.repository, names[start : start + 100], revision=commit, repo_type="dataset"
+            )
+            sizes.update({info.path: info.size for info in infos})
+        for name in names:
+            kind = source_format(name, entry.repository)
+            files.append(SourceFile(name, kind, sizes[name], f"commit:{commit}", split))
+    return files
+
+
+def _memory_path(entry: DatasetEntry) -> Path:
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    key = json.dumps([endpoint, entry.repository, entry.config, entry.revision, entry.splits], sort_keys=True)
+    name = f"{entry.repository.replace('/', '--')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    return data_dir() / ".hub" / name
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """No answer at all: offline by setting, no route, no name service, a timeout."""
+    from huggingface_hub.errors import HTTPError
+
+    return _status(error) is None and isinstance(error, OSError | HTTPError)
+
+
+def _is_passing(error: BaseException, is_started: bool) -> bool:
+    if _is_offline_by_setting():
+        return False
+    is_timeout = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+    return (
+        _status(error) in PASSING_STATUS
+        or is_timeout
+        or (is_started and _is_unreachable(error) and not _is_disk_error(error))
+    )
+
+
+def _is_offline_by_setting() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+
+
+def _explain(error: BaseException, what: str) -> str:
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repository = what.removeprefix("the file list of ").split(":")[0]
+    page = f"{ENDPOINT}/datasets/{repository}"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{what}: the dataset is gated. Accept its terms at {page}, then log in with `hf auth login` (or "
+            "set HF_TOKEN)."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{what}: the Hub has no such dataset, or it is private. Check the spelling at {page}; for a "
+            "private one: `hf auth login`."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{what}: the revision does not exist. See {page}/tree/main for those that do."
+    if _is_disk_error(error):
+        return (
+            f"{what}: {error.strerror} ({error.filename}). Make room or set HF_HOME to another disk; then the "
+            "same command continues."
+        )
+    if _is_offline_by_setting():
+        return (
+            f"{what} is not in the cache and HF_HUB_OFFLINE is set, so it cannot be downloaded. Unset "
+            "HF_HUB_OFFLINE, with network."
+        )
+    if _is_unreachable(error):
+        return (
+            f"{what}: {ENDPOINT} cannot be reached ({type(error).__name__}: {error}). "
+            "Check the network or HF_ENDPOINT; then the same command continues."
+        )
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

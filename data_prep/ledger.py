@@ -1,0 +1,156 @@
+"""The ledger: what became of every document, byte and token, by source; and the proof that it adds up.
+
+In: the counts of units. Out: the manifest's `ledger`, and a table. Read = empty + bad + train + validation; text tokens
++ separators = tokens; tokens of all sources = tokens in blocks + one remainder per split.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_prep.manifest import SPLITS, SplitInfo
+from data_prep.sizes import format_bytes, format_count
+
+TRAIN, VALIDATION, EMPTY, BAD = range(4)  # what became of a record: the `status` column of a unit's table
+
+
+class LedgerError(Exception):
+    """The counts do not add up: our mistake, never the user's. Exit code 1."""
+
+
+@dataclass
+class SplitCounts:
+    """What one source, or unit, gives to one split."""
+
+    num_documents: int = 0
+    num_bytes: int = 0
+    num_characters: int = 0
+    num_text_tokens: int = 0
+    num_bos: int = 0
+    num_eos: int = 0
+    num_tokens: int = 0  # counted apart from the three above: what was written
+
+    def add(self, other: "SplitCounts") -> None:
+        """Add the other's counts to these."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Counts:
+    """What became of the documents of one source, or unit."""
+
+    num_read: int = 0
+    num_empty: int = 0
+    num_bad: int = 0
+    splits: dict[str, SplitCounts] = field(default_factory=lambda: {name: SplitCounts() for name in SPLITS})
+
+    def add(self, other: "Counts") -> None:
+        """Add the other's counts to these."""
+        self.num_read += other.num_read
+        self.num_empty += other.num_empty
+        self.num_bad += other.num_bad
+        for name in SPLITS:
+            self.splits[name].add(other.splits[name])
+
+
+def count_rows(rows: dict[str, np.ndarray], is_bos_written: bool) -> Counts:
+    """The counts of the rows of a unit's table (or of the first of them)."""
+    status = rows["status"]
+    counts = Counts(len(status), int((status == EMPTY).sum()), int((status == BAD).sum()))
+    for code, name in ((TRAIN, "train"), (VALIDATION, "validation")):
+        here = status == code
+        num_documents, num_tokens = int(here.sum()), int(rows["num_tokens"][here].sum(dtype=np.int64))
+        num_bos = num_documents * is_bos_written
+        counts.splits[name] = SplitCounts(
+            num_documents,
+            int(rows["num_bytes"][here].sum(dtype=np.int64)),
+            int(rows["num_characters"][here].sum(dtype=np.int64)),
+            num_tokens - num_documents - num_bos,
+            num_bos,
+            num_documents,
+            num_tokens,
+        )
+    return counts
+
+
+def ledger_entry(
+    counts: Counts, beyond_cap: int, is_beyond_exact: bool, num_files: int, ignored: dict[str, int]
+) -> dict[str, Any]:
+    """One source's entry of the manifest's ledger."""
+    return {
+        "documents": {
+            "read": counts.num_read,
+            "empty": counts.num_empty,
+            "bad": counts.num_bad,
+            "train": counts.splits["train"].num_documents,
+            "validation": counts.splits["validation"].num_documents,
+            "beyond_cap": beyond_cap,
+            "is_beyond_cap_exact": is_beyond_exact,
+        },
+        **{name: vars(counts.splits[name]) for name in SPLITS},
+        "files": {"read": num_files, "ignored": ignored},
+    }
+
+
+def find_imbalances(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitInfo], block_size: int) -> list[str]:
+    """Every equation of the ledger that does not hold, as a sentence; empty when all is accounted for."""
+    problems = []
+    for source, entry in ledger.items():
+        documents = entry["documents"]
+        kept = documents["empty"] + documents["bad"] + documents["train"] + documents["validation"]
+        if documents["read"] != kept:
+            problems.append(f"{source}: {documents['read']} documents read but {kept} accounted for")
+        for name in SPLITS:
+            counts = entry[name]
+            parts = counts["num_text_tokens"] + counts["num_bos"] + counts["num_eos"]
+            if parts != counts["num_tokens"]:
+                problems.append(f"{source}/{name}: {parts} tokens made but {counts['num_tokens']} written")
+            if not counts["num_documents"] == counts["num_eos"] == documents[name]:
+                problems.append(
+                    f"{source}/{name}: {counts['num_documents']} documents but {counts['num_eos']} ends of document"
+                )
+    for name, split in splits.items():
+        for key in ("num_documents", "num_bytes", "num_tokens"):
+            total = sum(entry[name][key] for entry in ledger.values())
+            if total != getattr(split, key):
+                problems.append(f"{name}: {key} is {getattr(split, key)} but the sources give {total}")
+        if (
+            split.num_blocks * block_size + split.remainder_tokens != split.num_tokens
+            or split.remainder_tokens >= block_size
+        ):
+            problems.append(
+                f"{name}: {split.num_blocks} blocks and {split.remainder_tokens} left are not {split.num_tokens} tokens"
+            )
+        if sum(shard.num_blocks for shard in split.shards) != split.num_blocks:
+            problems.append(f"{name}: the shards do not hold {split.num_blocks} blocks")
+    return problems
+
+
+def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitInfo], block_size: int) -> str:
+    """The ledger as a table for people, and its equation."""
+    head = ("source", "read", "empty", "bad", "beyond cap", "train", "validation", "text", "tokens", "bytes/token")
+    lines = [head]
+    for source, entry in ledger.items():
+        documents = entry["documents"]
+        num_bytes, num_tokens = (sum(entry[name][key] for name in SPLITS) for key in ("num_bytes", "num_tokens"))
+        beyond = f"{documents['beyond_cap']:,}" + ("" if documents["is_beyond_cap_exact"] else "+")
+        numbers = [f"{documents[key]:,}" for key in ("read", "empty", "bad")]
+        kept = [f"{documents[key]:,}" for key in SPLITS]
+        ratio = f"{num_bytes / num_tokens:.2f}" if num_tokens else "-"
+        lines.append((source, *numbers, beyond, *kept, format_bytes(num_bytes), format_count(num_tokens), ratio))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    rows = [
+        "  ".join(
+            f"{cell:>{width}}" if i else f"{cell:<{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    for name, split in splits.items():
+        rows.append(
+            f"{name}: {split.num_tokens:,} tokens = {split.num_blocks:,} blocks x {block_size:,} + "
+            f"{split.remainder_tokens:,} left over"
+        )
+    return "\n".join(rows)

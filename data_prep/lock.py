@@ -1,0 +1,64 @@
+"""One preparation per folder: a lock that ends with its process, however that ends."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.errors import UserError
+
+LOCK_NAME = ".lock"
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. The kernel frees it when the process dies, so a dead process never blocks the next.
+
+    Raises:
+        UserError: another process prepares this folder, or nothing can be written there.
+    """
+    path = folder / LOCK_NAME
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{folder}: process {_holder(path)} is preparing it. Wait for it, or give another folder with OUT=..."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}). Give another folder with OUT=... or DATA_DIR."
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        for each in created:  # leave no empty folder behind
+            if not each.is_dir() or any(each.iterdir()):
+                break
+            each.rmdir()
+
+
+def _lock(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+            os.close(descriptor)  # its holder removed the file between our two calls: lock the new one
+        except OSError:
+            os.close(descriptor)
+            raise
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text() or "another"
+    except OSError:
+        return "another"

@@ -1,0 +1,133 @@
+"""Whether a folder already holds what is asked for.
+
+In: a `Plan` and its folder. Out: True when the dataset is complete and the same, False when there is work to do, and a
+UserError when the folder holds something else, which is never overwritten.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from data_prep.documents import files_path
+from data_prep.errors import UserError
+from data_prep.manifest import MANIFEST_NAME, WORK_NAME, load_manifest, prep_command
+from data_prep.plan import Plan, other_folder
+from data_prep.sources import SourceFile
+
+REQUEST_NAME = "request.json"
+OWN_NAMES = ("train", "validation", "documents", "tokenizer")
+
+
+def is_complete(plan: Plan) -> bool:
+    """Whether the folder holds exactly this dataset, complete.
+
+    Raises:
+        UserError: it holds another one, complete or interrupted, or files of somebody else.
+    """
+    folder = plan.folder
+    if (folder / MANIFEST_NAME).exists():
+        manifest = load_manifest(folder)
+        _refuse_other(plan, manifest.settings, "holds a dataset made", manifest.tokenizer.sha256)
+        return True
+    request_path = folder / WORK_NAME / REQUEST_NAME
+    if request_path.exists():
+        earlier = json.loads(request_path.read_text(encoding="utf-8"))
+        for key in ("tokenizer", "block_size"):
+            if not _is_same_tokenizer(earlier[key], plan.settings()[key], None):
+                _refuse_key(plan, key, earlier[key], "holds an interrupted preparation")
+    elif any((folder / name).exists() for name in OWN_NAMES):
+        raise UserError(
+            f"{folder}: is not empty and was not made by prep (it has no {MANIFEST_NAME}). Nothing is overwritten. "
+            f"Give another folder: {other_folder(plan, 'new')}"
+        )
+    return False
+
+
+def save_request(plan: Plan) -> bool:
+    """Note in the working folder what is prepared; True if an earlier attempt at exactly this is continued."""
+    path = plan.folder / WORK_NAME / REQUEST_NAME
+    text = json.dumps(plan.settings(), indent=2, sort_keys=True)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return True
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return False
+
+
+def _refuse_other(plan: Plan, earlier: dict[str, Any], what: str, tokenizer_sha256: str) -> None:
+    now = json.loads(json.dumps(plan.settings()))
+    if not _is_same_tokenizer(earlier["tokenizer"], now["tokenizer"], tokenizer_sha256):
+        _refuse_key(plan, "tokenizer", earlier["tokenizer"], what)
+    if earlier["block_size"] != now["block_size"]:
+        _refuse_key(plan, "block_size", earlier["block_size"], what)
+    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "sources"):
+        if earlier[key] != now[key]:
+            _refuse_setting(plan, key, earlier[key], now[key])
+    if earlier["local_files"] != now["local_files"]:
+        changes = _describe_changes(plan, files_path(plan.folder))
+        raise UserError(
+            f"{plan.folder}: was made from other input: {changes}. The prepared blocks are not touched. "
+            f"Prepare the new input beside it: {other_folder(plan, 'new')}; or remove the old one first: "
+            f"rm -r {shlex.quote(str(plan.folder))} && {prep_command(plan.folder)}"
+        )
+
+
+def _is_same_tokenizer(earlier: Any, now: Any, sha256: str | None) -> bool:
+    if not isinstance(now, dict) or "path" not in now:
+        return earlier == now
+    return now["sha256"] is not None and now["sha256"] in (earlier.get("sha256"), sha256)
+
+
+def _refuse_key(plan: Plan, key: str, earlier: Any, what: str) -> None:
+    now = plan.settings()[key]
+    suffix = _describe_tokenizer(now).rstrip("/").split("/")[-1].replace(":", "-") if key == "tokenizer" else str(now)
+    shown = [_describe_tokenizer(value) if key == "tokenizer" else value for value in (earlier, now)]
+    raise UserError(
+        f"{plan.folder}: {what} with {key} {shown[0]} but {key} {shown[1]} is asked for. Nothing is overwritten. "
+        f"Prepare it beside the other: {other_folder(plan, suffix)} "
+        f"{'TOKENIZER' if key == 'tokenizer' else 'BLOCK_SIZE'}={shown[1]}"
+    )
+
+
+def _refuse_setting(plan: Plan, key: str, earlier: Any, now: Any) -> None:
+    if key == "sources" and len(earlier) == len(now):
+        pairs = [(name, a.get(name), b.get(name)) for a, b in zip(earlier, now, strict=True) for name in {**a, **b}]
+        key, earlier, now = next((name, a, b) for name, a, b in pairs if a != b)
+    raise UserError(
+        f"{plan.folder}: was made with {key} {earlier!r} but {now!r} is asked for. Nothing is overwritten. "
+        f"Prepare it beside the other: {other_folder(plan, 'new')}; or remove that one first: rm -r "
+        f"{shlex.quote(str(plan.folder))}"
+    )
+
+
+def _describe_tokenizer(source: dict[str, Any]) -> str:
+    return f"train:{source['train']}" if "train" in source else str(source.get("id") or source["path"])
+
+
+def _describe_changes(plan: Plan, listing: Path) -> str:
+    earlier = {}
+    for line in listing.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        earlier[row["source"], row["name"]] = (row["size"], row["identity"])
+    now: dict[tuple[str, str], SourceFile] = {}
+    for number, files in plan.local_files.items():
+        now.update({(plan.sources[number].label, file.name): file for file in files})
+    local = {plan.sources[number].label for number in plan.local_files}
+    gone = [name for source, name in earlier if source in local and (source, name) not in now]
+    new = [name for source, name in now if (source, name) not in earlier]
+    changed = [
+        name for source, name in now if (source, name) in earlier and earlier[source, name] != _key(now[source, name])
+    ]
+    parts = [
+        (len(names), what, names[0]) for names, what in ((changed, "changed"), (new, "new"), (gone, "gone")) if names
+    ]
+    return ", ".join(
+        f"{count} {'file' if count == 1 else 'files'} {what} ({first}{' ...' if count > 1 else ''})"
+        for count, what, first in parts
+    )
+
+
+def _key(file: SourceFile) -> tuple[int, str]:
+    return (file.size, file.identity)

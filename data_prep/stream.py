@@ -1,0 +1,210 @@
+"""The stream of documents, in order: every unit of every source, and where caps end it.
+
+In: a plan with its files. Out: units for the workers, and from their results `Taken`, what of each unit is kept. Caps
+are prefixes in source order, found by the running counts of finished units, so they too are the same for any number of
+workers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_prep.align import Taken, read_rows
+from data_prep.encode import Job, UnitResult
+from data_prep.errors import UserError
+from data_prep.ledger import TRAIN, VALIDATION, Counts, count_rows
+from data_prep.manifest import SPLITS
+from data_prep.readers import Reading, read_records
+from data_prep.sources import Source, SourceFile
+from data_prep.units import Unit, iter_units
+
+MAX_PROBLEMS_SHOWN = 5
+
+
+@dataclass
+class Stream:
+    """Units in order, and the caps. `fetch` gives a file's local path by its number, downloading it if need be."""
+
+    sources: tuple[Source, ...]
+    files: list[tuple[int, SourceFile]]  # (number of the source, file), in the order of documents/files.jsonl
+    fetch: Callable[[int], str]
+    keep_columns: dict[str, str]
+    max_tokens: int | None
+    max_docs: int | None
+    counts: dict[int, Counts] = field(default_factory=dict)
+    num_units_used: dict[int, int] = field(default_factory=dict)
+    beyond_cap: dict[int, int] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)  # sources whose train documents are enough
+    _line: int = 0  # records of the current file in front of the current unit
+
+    def __post_init__(self) -> None:
+        for number in range(len(self.sources)):
+            self.counts[number], self.num_units_used[number], self.beyond_cap[number] = Counts(), 0, 0
+
+    def units(self) -> Iterator[Unit]:
+        """All units: source by source, train before an official validation split; none of a source that has enough."""
+        for number in range(len(self.sources)):
+            for unit in self.train_units(number):
+                if number in self.finished:
+                    break
+                yield unit
+            yield from self._units_of(number, "validation")
+
+    def train_units(self, number: int) -> Iterator[Unit]:
+        """The train units of one source."""
+        return self._units_of(number, "train")
+
+    def reading(self, number: int) -> Reading:
+        """How the source's records become documents."""
+        entry = self.sources[number].entry
+        return Reading(
+            entry.text_column,
+            tuple(self.keep_columns.items()),
+            entry.document_start,
+            self.sources[number].is_split_by_line,
+        )
+
+    def take(self, job: Job, result: UnitResult) -> Taken | None:
+        """What of the next unit, in order, is kept; None if its source already had enough.
+
+        Raises:
+            UserError: its first bad record lies in front of the caps, and bad records are errors.
+        """
+        unit, number = job.unit, job.unit.source
+        self._line = self._line if unit.continues_file else 0
+        first_record, self._line = self._line, self._line + result.num_records
+        if unit.split == "train" and number in self.finished:
+            return None
+        counts, num_rows = result.counts, sum((result.counts.num_read,))
+        if unit.split == "train":
+            self.num_units_used[number] += 1
+            num_rows = self._rows_within_caps(job, result)
+        if num_rows < result.counts.num_read:
+            rows = read_rows(job.work, job.key)
+            counts = count_rows(_first_rows(rows, num_rows), job.tokenizer.is_bos_written)
+            self.beyond_cap[number] += result.counts.num_read - num_rows
+        elif result.problem is not None and number not in self.finished:
+            file, record, what = result.problem
+            raise UserError(self.describe_problem(file, record + first_record, what))
+        self.counts[number].add(counts)
+        return Taken(job.key, num_rows, first_record, {name: counts.splits[name].num_tokens for name in SPLITS})
+
+    def count_beyond_caps(self) -> dict[int, tuple[int, bool]]:
+        """By source, the documents beyond its cap as far as known without reading them, and whether that is all."""
+        known = {}
+        for number, source in enumerate(self.sources):
+            is_exact = True
+            if number in self.finished and source.entry.path is None:
+                is_exact = False  # what was not needed was not downloaded
+            elif number in self.finished:
+                for index, unit in enumerate(self.train_units(number)):
+                    if index >= self.num_units_used[number]:
+                        is_exact &= unit.num_documents is not None
+                        self.beyond_cap[number] += unit.num_documents or 0
+            known[number] = (self.beyond_cap[number], is_exact)
+        return known
+
+    def describe_problem(self, file: int, record: int, what: str) -> str:
+        """A bad record as an error message."""
+        number, info = self.files[file]
+        source = self.sources[number]
+        path = self.fetch(file)
+        is_lines = info.format.startswith("jsonl") or source.is_split_by_line
+        where = path if what.startswith("the file") else f"{path}: {'line' if is_lines else 'record'} {record + 1}"
+        return (
+            f"{where}: {what}. Mend or remove it, or leave such records out with --on-bad-record skip, which "
+            "counts them."
+        )
+
+    def check_readable(self) -> None:
+        """Read everything once, up to the caps on documents, and report what is bad before anything is written.
+
+        Raises:
+            UserError: all problems, the first few spelled out.
+        """
+        problems: list[str] = []
+        num_all = 0
+        for number, source in enumerate(self.sources):
+            num_here = line = 0
+            for unit in self.train_units(number):
+                first_record = line if unit.continues_file else 0
+                last = -1
+                for record in read_records(unit.pieces, self.reading(number)):
+                    last = record.number
+                    num_here += bool(record.text)
+                    if record.problem is not None and source.entry.on_bad_record == "fail":
+                        problems.append(
+                            self.describe_problem(record.file, record.number + first_record, record.problem)
+                        )
+                    if (
+                        num_here == source.max_documents
+                        or num_all + num_here == self.max_docs
+                        or len(problems) > MAX_PROBLEMS_SHOWN
+                    ):
+                        break
+                else:
+                    line = first_record + last + 1
+                    continue
+                break
+            num_all += num_here
+            if num_all == self.max_docs:
+                break
+        if problems:
+            more = "\n... and more." if len(problems) > MAX_PROBLEMS_SHOWN else ""
+            raise UserError("\n".join(problems[:MAX_PROBLEMS_SHOWN]) + more)
+
+    def _units_of(self, number: int, split: str) -> Iterator[Unit]:
+        files = [
+            (index, file) for index, (source, file) in enumerate(self.files) if source == number and file.split == split
+        ]
+        return iter_units(self.sources[number], number, files, split, self.fetch)
+
+    def _rows_within_caps(self, job: Job, result: UnitResult) -> int:
+        """How many of the unit's records the caps leave; notes which sources now have enough."""
+        number = job.unit.source
+        done_here = _num_documents(self.counts[number], self.sources[number])
+        done_all = sum(_num_documents(self.counts[n], source) for n, source in enumerate(self.sources))
+        tokens_all = sum(_num_tokens(self.counts[n], source) for n, source in enumerate(self.sources))
+        cap_here = self.sources[number].max_documents
+        limits = [cap - done for cap, done in ((cap_here, done_here), (self.max_docs, done_all)) if cap is not None]
+        docs_left = min(limits) if limits else None
+        tokens_left = None if self.max_tokens is None else self.max_tokens - tokens_all
+        num_documents = sum(result.counts.splits[name].num_documents for name in SPLITS)
+        num_tokens = sum(result.counts.splits[name].num_tokens for name in SPLITS)
+        is_cut_by_docs = docs_left is not None and num_documents >= docs_left
+        is_cut_by_tokens = tokens_left is not None and num_tokens >= tokens_left
+        if not is_cut_by_docs and not is_cut_by_tokens:
+            return result.counts.num_read
+        rows = read_rows(job.work, job.key)
+        status = rows["status"].to_numpy()
+        is_kept = (status == TRAIN) | (status == VALIDATION)
+        docs = np.cumsum(is_kept)
+        tokens = np.cumsum(np.where(is_kept, rows["num_tokens"].to_numpy(), 0), dtype=np.int64)
+        ends = []  # the row of the last document, which is kept whole
+        if is_cut_by_docs:
+            ends.append(int(np.searchsorted(docs, docs_left)))
+        if is_cut_by_tokens:
+            ends.append(int(np.searchsorted(tokens, tokens_left)))
+        end = min(ends)
+        is_all_enough = (self.max_docs is not None and done_all + int(docs[end]) >= self.max_docs) or (
+            tokens_left is not None and int(tokens[end]) >= tokens_left
+        )
+        self.finished |= set(range(len(self.sources))) if is_all_enough else {number}
+        return end + 1
+
+
+def _num_documents(counts: Counts, source: Source) -> int:
+    """Documents that a cap counts: an official validation split is not part of the prefix."""
+    names = ("train",) if source.has_official_validation else SPLITS
+    return sum(counts.splits[name].num_documents for name in names)
+
+
+def _num_tokens(counts: Counts, source: Source) -> int:
+    names = ("train",) if source.has_official_validation else SPLITS
+    return sum(counts.splits[name].num_tokens for name in names)
+
+
+def _first_rows(rows: object, num_rows: int) -> dict[str, np.ndarray]:
+    table = rows.slice(0, num_rows)
+    return {name: table[name].to_numpy() for name in ("status", "num_tokens", "num_bytes", "num_characters")}

@@ -1,0 +1,202 @@
+"""Worker processes for units: results in order, a bounded number of units ahead, a dead worker named.
+
+In: jobs, lazily. Out: (job, result) in the order of the jobs, whoever finished first. A worker is a spawned process
+(never forked: the tokenizer library has threads) that gets one job at a time through a pipe. One worker means this
+process.
+"""
+
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+
+from data_prep.encode import Job, UnitResult, encode_unit, load_result
+from data_prep.errors import UserError
+
+# What "no room" looks like: a full disk, a full quota, a limit on file size.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNITS_AHEAD = 4  # per worker: how far others may run ahead of the slowest unit
+MAX_TRIES = 2
+Report = Callable[[int, int], None]
+
+
+def run_jobs(jobs: Iterator[Job], num_proc: int, report: Report) -> Iterator[tuple[Job, UnitResult]]:
+    """Encode all jobs, in order. Units that an earlier attempt finished are not encoded again.
+
+    Raises:
+        UserError: no room on the disk, or a worker died twice over one unit. Finished units are kept.
+    """
+    if num_proc == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        for job in jobs:
+            yield job, load_result(job.work, job.key) or _encode_here(job, report)
+        return
+    pool = _Pool(num_proc, report)
+    try:
+        yield from pool.run(jobs)
+    finally:
+        pool.close()
+
+
+def explain_no_room(error: OSError, folder: object) -> UserError:
+    """The message for a disk that is full."""
+    return UserError(
+        f"{folder}: {error.strerror} while writing. What is finished is kept. "
+        "Make room (or give another folder with OUT=... and DATA_DIR); then the same command continues."
+    )
+
+
+def _encode_here(job: Job, report: Report) -> UnitResult:
+    try:
+        return encode_unit(job, report)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise explain_no_room(error, job.work.parent) from error
+        raise
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+    index: int | None = None  # of the job in its hands
+
+
+class _Pool:
+    def __init__(self, num_proc: int, report: Report):
+        self.context = multiprocessing.get_context("spawn")
+        self.num_proc, self.report = num_proc, report
+        self.workers: list[_Worker] = []
+        self.jobs: dict[int, Job] = {}  # taken from the iterator and not yet handed out
+        self.results: dict[int, UnitResult] = {}
+        self.tries: dict[int, int] = {}
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, UnitResult]]:
+        next_in = next_out = 0
+        waiting: list[int] = []  # to be encoded
+        is_exhausted = False
+        while True:
+            while next_out in self.results:
+                yield self.jobs.pop(next_out), self.results.pop(next_out)
+                next_out += 1
+            idle_slots = self.num_proc - sum(worker.index is not None for worker in self.workers)
+            while not is_exhausted and len(waiting) < idle_slots and next_in - next_out < UNITS_AHEAD * self.num_proc:
+                job = next(jobs, None)
+                if job is None:
+                    is_exhausted = True
+                    break
+                self.jobs[next_in] = job
+                finished = load_result(job.work, job.key)
+                if finished is not None:
+                    self.results[next_in] = finished
+                else:
+                    waiting.append(next_in)
+                next_in += 1
+                if next_out in self.results:
+                    break  # hand it out before looking further
+            if next_out in self.results:
+                continue
+            while waiting and (worker := self._idle_worker()) is not None:
+                self._send(worker, waiting.pop(0))
+            if next_in == next_out and is_exhausted:
+                return
+            waiting[:0] = self._receive()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join()
+            worker.pipe.close()
+
+    def _idle_worker(self) -> _Worker | None:
+        for worker in self.workers:
+            if worker.index is None:
+                return worker
+        if len(self.workers) == self.num_proc:
+            return None
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(
+            target=_serve, args=(theirs,), daemon=True, name=f"encoder {len(self.workers) + 1}"
+        )
+        process.start()
+        theirs.close()  # so that its death ends the pipe
+        self.workers.append(_Worker(process, ours))
+        return self.workers[-1]
+
+    def _send(self, worker: _Worker, index: int) -> None:
+        worker.index = index
+        self.tries[index] = self.tries.get(index, 0) + 1
+        with suppress(OSError):  # it is dead: the next wait on its pipe sees it and tries the unit again
+            worker.pipe.send(self.jobs[index])
+
+    def _receive(self) -> list[int]:
+        """Wait for messages; the jobs that must be tried again."""
+        again = []
+        for pipe in wait([worker.pipe for worker in self.workers if worker.index is not None]):
+            worker = next(worker for worker in self.workers if worker.pipe is pipe)
+            try:
+                kind, value = pipe.recv()
+            except (EOFError, OSError):
+                again.append(self._bury(worker))
+                continue
+            if kind == "progress":
+                self.report(*value)
+            elif kind == "no room":
+                raise explain_no_room(value, self.jobs[worker.index].work.parent) from value
+            elif kind == "user error":
+                raise UserError(value)
+            elif kind == "crash":
+                raise RuntimeError(f"{worker.process.name} failed:\n{value}")
+            else:
+                self.results[worker.index], worker.index = value, None
+        return again
+
+    def _bury(self, worker: _Worker) -> int:
+        worker.process.join()
+        self.workers.remove(worker)
+        worker.pipe.close()
+        index, code = worker.index, worker.process.exitcode
+        piece = self.jobs[index].unit.pieces[0]
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        who = f"{worker.process.name} (process {worker.process.pid})"
+        died = f"{who} {how} while it encoded {piece.path} from {piece.start:,} on"
+        if self.tries[index] == MAX_TRIES:
+            raise UserError(
+                f"{died}, for the second time. Most often the machine is out of memory: try a smaller --num-proc. "
+                "What is finished is kept; the same command continues."
+            )
+        print(f"warning: {died}; its unit is tried once more.", file=sys.stderr)
+        return index
+
+
+def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is the parallelism
+    try:
+        while True:
+            job = pipe.recv()
+            pipe.send(_answer(job, pipe))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
+
+
+def _answer(job: Job, pipe: Connection) -> tuple[str, object]:
+    try:
+        return "done", encode_unit(job, lambda *counts: pipe.send(("progress", counts)))
+    except BrokenPipeError:
+        raise
+    except UserError as error:
+        return "user error", str(error)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            return "no room", error
+        return "crash", traceback.format_exc()
+    except Exception:
+        return "crash", traceback.format_exc()

@@ -1,0 +1,74 @@
+"""For the tests of data_prep: a small tokenizer, and a way to run its commands in this process or in one of its own."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from data_prep.__main__ import main
+from data_prep.blocks import Blocks
+from data_prep.documents import DocumentMap
+from data_prep.tokenizer_folder import load_backend
+from data_prep.tokenizer_training import ControlTokens, train_tokenizer
+
+WORDS = "the river carries letters and a map of the old town; naïve plans, 東京, 1,024 steps\n\tagain and again 🙂 "
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A byte-level BPE of 300 entries with [BOT] [EOT] [PAD] [UNK] as ids 0 to 3."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "small_tokenizer"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            train_tokenizer([WORDS * 20], 300, folder, ControlTokens())
+    return folder
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """`fails("prep", path, ...)`: the command ends with exit code 2 and one message without traceback, which is returned."""
+
+    def run(*arguments: object) -> str:
+        code = main([str(argument) for argument in arguments])
+        message = capsys.readouterr().err
+        assert code == 2, message
+        assert "Traceback" not in message
+        assert message.count("error: ") == 1
+        return message[message.index("error: ") :]
+
+    return run
+
+
+def run_here(*arguments: object) -> None:
+    """Run a command in this process; it must succeed."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def write_jsonl(path: Path, texts: Iterable[str], **columns: list) -> Path:
+    """A JSON lines file of documents."""
+    rows = [{"text": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_documents(folder: Path, split: str) -> list[str]:
+    """The documents of a split as text, out of its blocks; without the last ones, which may lie in the remainder."""
+    blocks, documents, backend = Blocks(folder, split), DocumentMap(folder, split), load_backend(folder / "tokenizer")
+    if blocks.num_blocks == 0:
+        return []
+    tokens = blocks.read(range(blocks.num_blocks))[:, :-1].reshape(-1)
+    ends = [document.end_token for document in documents.between(0, blocks.num_tokens)]
+    starts = [0, *ends[:-1]]
+    whole = [(start, end) for start, end in zip(starts, ends, strict=True) if end <= len(tokens)]
+    assert all(tokens[start] == 0 and tokens[end - 1] == 1 for start, end in whole)  # [BOT] ... [EOT]
+    return [backend.decode(tokens[start + 1 : end - 1].tolist(), skip_special_tokens=False) for start, end in whole]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
