@@ -31,7 +31,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe; the value is YAML")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe; the value is YAML"
+    )
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print everything, train nothing")
     return parser.parse_args(argv)
 
@@ -104,7 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     final = trainer.save_final()
     if is_main:
         trainer.metrics_file.write(
-            {"step": plan.num_steps, "tokens": plan.num_steps * plan.tokens_per_step, "finished": True, "time_s": trainer.progress.seconds}
+            {
+                "step": plan.num_steps,
+                "tokens": plan.num_steps * plan.tokens_per_step,
+                "finished": True,
+                "time_s": trainer.progress.seconds,
+            }
         )
         log.info("final model: %s   curve: %s", final, run / "curve.svg")
         if args.push_to_hub:

@@ -15,7 +15,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from clm.recipe import Problems, Recipe
+from clm.problems import Problems
+from clm.recipe import Recipe
 
 # Keys of TrainingArguments that this project derives or cannot honour -> what to write instead.
 DERIVED = {
@@ -128,11 +129,17 @@ def check_training(recipe: Recipe) -> dict[str, Any]:
         ("optim", [o.value for o in OptimizerNames]),
     ):
         if name in checked and checked[name] not in choices:
-            problems.unknown(f"training.{name}", checked[name], choices, f"is {checked[name]!r}, unknown or unsupported")
+            problems.unknown(
+                f"training.{name}", checked[name], choices, f"is {checked[name]!r}, unknown or unsupported"
+            )
     if "learning_rate" not in recipe.training:
-        problems.add("training.learning_rate", "is missing. Trainer's default of 5e-5 is meant for fine-tuning; write 3e-4.")
+        problems.add(
+            "training.learning_rate", "is missing. Trainer's default of 5e-5 is meant for fine-tuning; write 3e-4."
+        )
     if "per_device_train_batch_size" not in recipe.training:
-        problems.add("training.per_device_train_batch_size", "is missing. Write how many rows of block_size fit a device.")
+        problems.add(
+            "training.per_device_train_batch_size", "is missing. Write how many rows of block_size fit a device."
+        )
     _check_run_name(recipe, problems)
     _check_optimizer_package(checked, problems)
     _check_schedule(checked, problems)
@@ -142,7 +149,9 @@ def check_training(recipe: Recipe) -> dict[str, Any]:
 def _check_run_name(recipe: Recipe, problems: Problems) -> None:
     name = recipe.name
     if Path(name).name != name or name in (".", ".."):
-        problems.add("training.run_name", f"is {name!r} but must be a plain folder name: the run lies under runs/<name>.")
+        problems.add(
+            "training.run_name", f"is {name!r} but must be a plain folder name: the run lies under runs/<name>."
+        )
 
 
 def _check_optimizer_package(checked: dict[str, Any], problems: Problems) -> None:
@@ -160,7 +169,9 @@ def _check_schedule(checked: dict[str, Any], problems: Problems) -> None:
     kind = checked.get("lr_scheduler_type", "linear")
     kwargs = checked.get("lr_scheduler_kwargs") or {}
     if not isinstance(kwargs, dict):
-        problems.add("training.lr_scheduler_kwargs", f"is {kwargs!r} but must be a mapping such as {{min_lr_rate: 0.1}}.")
+        problems.add(
+            "training.lr_scheduler_kwargs", f"is {kwargs!r} but must be a mapping such as {{min_lr_rate: 0.1}}."
+        )
         return
     if kind == "warmup_stable_decay" and not kwargs.get("num_decay_steps"):
         problems.add(
@@ -194,14 +205,23 @@ def _check_value(key: str, value: Any, hint: Any, problems: Problems) -> Any:
 
 def _coerce(value: Any, hint: Any) -> tuple[Any, bool]:
     """The value as one of the hint's types, and whether that failed. No lossy conversion: 1.5 is never an int."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
     for option in options:
         base = typing.get_origin(option) or option
         if base in (type(None),) and value is None:
             return value, False
         if base is bool and isinstance(value, bool):
             return value, False
-        if base is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value if math.isfinite(value) else 0):
+        if (
+            base is int
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value == int(value if math.isfinite(value) else 0)
+        ):
             return int(value), False
         if base is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value) if isinstance(value, float) else value, False
@@ -215,8 +235,19 @@ def _coerce(value: Any, hint: Any) -> tuple[Any, bool]:
 
 
 def _describe(hint: Any) -> str:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "a mapping",
+    }
     found = []
     for option in options:
         base = typing.get_origin(option) or option

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from clm.curve import draw_curve
 from clm.run_folder import last_evaluation, read_metrics, read_recipe
-from data_prep.catalog import entry_names, load_entry
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
 
@@ -91,11 +90,11 @@ def _header(recipe: dict, config: dict, name: str, evaluation: dict | None) -> t
         note = f"Licence: {licence}, that of all of its data."
     else:
         note = f"Licence: not settled by the data alone ({named}); whoever publishes the model chooses and names it."
-    repositories = {dataset["name"]: _repository(dataset) for dataset in datasets}
+    repositories = {dataset["name"]: _repositories(dataset) for dataset in datasets}
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=repositories.get(set_name) or set_name,
+            dataset_type=next(iter(repositories.get(set_name, [])), set_name),
             dataset_name=f"{set_name} (validation split)",
             metric_type=metric,
             metric_value=value,
@@ -112,22 +111,20 @@ def _header(recipe: dict, config: dict, name: str, evaluation: dict | None) -> t
         pipeline_tag="feature-extraction" if is_base else "text-generation",
         tags=["pretraining", str(config.get("model_type", "llama")), "causal-lm"],
         base_model=init if _HUB_ID.fullmatch(init) and not Path(init).exists() else None,
-        datasets=sorted({repository for repository in repositories.values() if repository}) or None,
+        datasets=sorted({repository for named in repositories.values() for repository in named}) or None,
         eval_results=results or None,
         model_name=name,
     )
     return header, note
 
 
-def _repository(dataset: dict[str, Any]) -> str | None:
-    """The Hub repository that a prepared dataset came from, where its manifest can still be read and names one."""
+def _repositories(dataset: dict[str, Any]) -> list[str]:
+    """The Hub datasets that a prepared dataset was made from, where its manifest can still be read and names them."""
     try:
-        source = load_manifest(dataset["folder"]).dataset
+        sources = load_manifest(dataset["folder"]).settings.get("sources") or []
     except UserError:
-        return None  # moved or deleted since
-    if source in entry_names():
-        return load_entry(source).repository
-    return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else None
+        return []  # moved or deleted since
+    return [source["repository"] for source in sources if source.get("repository")]
 
 
 def _is_lm(config: dict) -> bool:
@@ -144,7 +141,9 @@ def _summary(recipe: dict, metrics: list[dict], config: dict) -> str:
     else:
         start = f"continued from the local model {Path(init).name}"
     architecture = (config.get("architectures") or ["causal language model"])[0]
-    text = f"{architecture} with {_parameters(resolved)}, {start} on {_tokens_seen(metrics):,} tokens."
+    parameters = _parameters(resolved)
+    size = f" of {parameters} parameters" if parameters else ""
+    text = f"{architecture}{size}, {start} on {_tokens_seen(metrics):,} tokens."
     is_whole = _tokens_seen(metrics) >= resolved.get("num_tokens", 0)
     return text if is_whole else text + " The run has not finished: this is a state on the way."
 
@@ -193,8 +192,8 @@ def _data_table(recipe: dict, metrics: list[dict]) -> str:
     for dataset in datasets:
         share, size = dataset["weight"] / total_weight, dataset.get("num_tokens")
         passes = f"{share * _tokens_seen(metrics) / size:.3g}" if size else "not measured"
-        name, repository = dataset["name"], _repository(dataset)
-        label = f"[{name}](https://huggingface.co/datasets/{repository})" if repository else name
+        links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in _repositories(dataset)]
+        label = dataset["name"] + (f" ({', '.join(links)})" if links else "")
         fingerprint = f"`{dataset['fingerprint'][:16]}`"
         rows.append(
             (label, f"{share:.2%}", size or "not measured", passes, dataset.get("licence") or "unknown", fingerprint)
@@ -234,7 +233,7 @@ def _training_table(recipe: dict, metrics: list[dict]) -> str:
             ("Training time", f"{time_s:,.0f} s" if time_s else "not measured"),
             ("Tokens per second", f"{tokens / time_s:,.0f}" if time_s and tokens else "not measured"),
             ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) or None),
-            ("Recipe's git commit", f"`{commit}`" if commit else None),
+            ("Git commit of the code", f"`{commit}`" if commit else None),
         ],
     )
 
@@ -280,13 +279,9 @@ def _tokens_seen(metrics: list[dict]) -> int:
     return max((record.get("tokens", 0) for record in metrics), default=0)
 
 
-def _parameters(resolved: dict) -> str:
+def _parameters(resolved: dict) -> str | None:
     count = resolved.get("num_parameters")
-    return (
-        f"{count:,} parameters ({count / 1e6:.2f} x 10^6, {count / 2**20:.2f} x 2^20)"
-        if count
-        else "an uncounted number of parameters"
-    )
+    return f"{count:,} ({count / 1e6:.2f} x 10^6, {count / 2**20:.2f} x 2^20)" if count else None
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

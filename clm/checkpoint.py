@@ -77,7 +77,9 @@ def find_damage(checkpoint: Path) -> str | None:
         if path.stat().st_size != facts["num_bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {facts['num_bytes']:,}"
     with ThreadPoolExecutor() as pool:
-        for (name, facts), digest in zip(files.items(), pool.map(lambda n: _sha256(checkpoint / n), files), strict=True):
+        for (name, facts), digest in zip(
+            files.items(), pool.map(lambda n: _sha256(checkpoint / n), files), strict=True
+        ):
             if digest != facts["sha256"]:
                 return f"{name} has changed since it was written (SHA-256)"
     return None
@@ -97,7 +99,8 @@ def newest_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
         skipped.append(f"{path}: {damage}. It is skipped.")
     if skipped:
         raise UserError(
-            "\n".join(skipped) + f"\n{run}: no checkpoint is undamaged. Restore one from a copy, or start again with another "
+            "\n".join(skipped)
+            + f"\n{run}: no checkpoint is undamaged. Restore one from a copy, or start again with another "
             "training.run_name, or delete the damaged ones."
         )
     return None, []

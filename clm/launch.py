@@ -75,12 +75,14 @@ def make_arguments(plan: Plan) -> Any:
         raise UserError(f"{plan.recipe.path}: training: {error}") from None
     if args.world_size != plan.num_processes:
         raise UserError(
-            f"{plan.num_processes} processes were launched but {args.world_size} take part in this run. It would not be "
-            "the run that was asked for. On a machine without GPUs use torchrun --nproc_per_node N run_clm.py <recipe>."
+            f"{plan.num_processes} processes were launched but {args.world_size} take part in this run. It would not "
+            "be the run that was asked for. On a machine without GPUs use torchrun --nproc_per_node N run_clm.py <recipe>."
         )
     if args.n_gpu > 1:
         args._n_gpu = 1  # Trainer would use DataParallel, which is slower than one GPU used well
-        log.warning("%s GPUs are visible, one is used: start with accelerate launch to use all.", torch.cuda.device_count())
+        log.warning(
+            "%s GPUs are visible, one is used: start with accelerate launch to use all.", torch.cuda.device_count()
+        )
     return args
 
 

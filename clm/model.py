@@ -1,7 +1,7 @@
 """Builds the model: from a config with documented random weights, or from an existing checkpoint.
 
-In: the recipe's model section, the tokenizer of the prepared data. Out: a transformers model in fp32 whose special token
-ids are the tokenizer's. Everything that can be refused is refused before weights exist (`check_model`).
+In: the recipe's model section, the tokenizer of the prepared data. Out: a transformers model in fp32 whose special
+token ids are the tokenizer's. Everything that can be refused is refused before weights exist (`check_model`).
 
 Initial weights are a pure function of (config, seed): each matrix is drawn from its own generator, keyed by seed and
 parameter name, so neither the launcher nor the order of construction matters. Matrices are normal(0, initializer_range)
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clm.order import derive_key
-from clm.recipe import ModelSection, Problems
+from clm.problems import Problems
+from clm.recipe import ModelSection
 from data_prep.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def load_checkpoint_config(init: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(init)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.init is {init!r}, which cannot be loaded: {str(error).splitlines()[0]} Name a folder with config.json "
-            "and model.safetensors, or a Hub id that this machine can reach (gated models: hf auth login)."
+            f"model.init is {init!r}, which cannot be loaded: {str(error).splitlines()[0]} Name a folder with "
+            "config.json and model.safetensors, or a Hub id that this machine can reach (gated models: hf auth login)."
         ) from None
 
 
@@ -97,8 +98,8 @@ def check_model(
     if rows < size:
         problems.add(
             "model.config" if section.init == "random" else "model.init",
-            f"is {source} with vocab_size {rows} but the tokenizer of {dataset} has {size} tokens. Ids above {rows - 1} "
-            f"would have no embedding. Set vocab_size to {size}, or prepare the data with the model's own tokenizer.",
+            f"is {source} with vocab_size {rows} but the tokenizer of {dataset} has {size} tokens. Ids above "
+            f"{rows - 1} would have no embedding. Set vocab_size to {size}, or prepare the data with the model's own tokenizer.",
         )
     elif section.init == "random" and rows - size >= MAX_VOCABULARY_PADDING:
         problems.add(
@@ -118,8 +119,8 @@ def _check_checkpoint_tokenizer(init: str, tokenizer: Any, dataset: str, problem
     except (OSError, ValueError, KeyError):
         problems.add(
             "model.init",
-            f"is {init}, which has no tokenizer to compare with the one of {dataset}. Put its tokenizer files beside the "
-            "weights.",
+            f"is {init}, which has no tokenizer to compare with the one of {dataset}. Put its tokenizer files beside "
+            "the weights.",
         )
         return
     if own.get_vocab() != tokenizer.get_vocab():
@@ -135,7 +136,8 @@ def _check_checkpoint_tokenizer(init: str, tokenizer: Any, dataset: str, problem
         if theirs is not None and ours != theirs:
             problems.add(
                 "model.init",
-                f"is {init} whose {name} is {theirs} but {dataset} was prepared with {ours}. Prepare it with data.tokenizer: {init}.",
+                f"is {init} whose {name} is {theirs} but {dataset} was prepared with {ours}. "
+                f"Prepare it with data.tokenizer: {init}.",
             )
 
 
@@ -205,7 +207,7 @@ def build_model(
 
 
 def draw_weights(model: PreTrainedModel, seed: int, scaled: bool) -> None:
-    """Draw every matrix anew, as the module's docstring says; one-dimensional parameters stay as the class made them."""
+    """Draw every matrix anew, as the module says; one-dimensional parameters stay as the class made them."""
     import torch
 
     std = getattr(model.config, "initializer_range", 0.02)

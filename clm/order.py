@@ -6,8 +6,8 @@ In: the datasets of the mixture (number of blocks, weight) and a seed. Out: `blo
     sample i -> window w = i // W, slot s = permute_w(i % W) -> the dataset whose share of the window holds slot s
              -> that dataset's m-th sample of the run -> pass m // n, block permute_pass(m % n)
 
-Up to any window border dataset j has had round(C_j N) - round(C_{j-1} N) samples, C being the cumulative weights: within
-one block of its share. A pass over a dataset visits each of its blocks once; every pass has its own permutation.
+Up to any window border dataset j has had round(C_j N) - round(C_{j-1} N) samples, C being the cumulative weights:
+within one block of its share. A pass over a dataset visits each of its blocks once; every pass has its own permutation.
 
 The keyed permutation is a balanced Feistel network on the next even number of bits with cycle walking.
 Source: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3 (cycle walking) and 5

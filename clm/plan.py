@@ -15,35 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from clm.arguments import DEFAULTS, check_training, scheduler_kwargs
 from clm.dataset import ValidationRows
-from clm.model import check_model, choose_attention, count_parameters, load_checkpoint_config, load_config
+from clm.inputs import CatalogueSplit, load_model_config, load_tokenizer, open_mixture, open_validation
+from clm.model import check_model, choose_attention, count_parameters
 from clm.order import Order, OrderSource
-from clm.prepare import prepared_block_size
 from clm.recipe import Recipe
 from data_prep.blocks import Blocks
-from data_prep.catalog import entry_names, load_entry
 from data_prep.errors import UserError
-from data_prep.paths import dataset_folder, runs_dir
+from data_prep.paths import runs_dir
 from data_prep.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 BYTES_PER_PARAMETER = 4  # fp32 master weights
-DEFAULT_VALIDATION_TOKENS = 10_000_000  # of each dataset, when the recipe does not say
-
-
-@dataclass(frozen=True)
-class CatalogueSplit:
-    """A dataset that is not prepared yet, with the catalogue's numbers: enough for a dry run, not for training."""
-
-    folder: Path
-    block_size: int
-    num_tokens: int
-
-    @property
-    def num_blocks(self) -> int:
-        """Whole blocks, as far as the catalogue's count goes."""
-        return max(1, self.num_tokens // self.block_size)
 
 
 @dataclass
@@ -127,12 +111,12 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     """
     problems, unchecked = recipe.problems, []
     training = check_training(recipe)
-    splits = _open_mixture(recipe, unchecked if dry_run else None)
-    config = _load_model_config(recipe, unchecked if dry_run else None)
-    tokenizer = _load_tokenizer(splits)
+    splits = open_mixture(recipe, unchecked if dry_run else None)
+    config = load_model_config(recipe, unchecked if dry_run else None)
+    tokenizer = load_tokenizer(splits)
     if config is not None and tokenizer is not None:
         check_model(recipe.model, config, tokenizer, str(splits[0].folder), recipe.data.block_size, problems)
-    validation = _open_validation(recipe, splits, training, unchecked if dry_run else None)
+    validation = open_validation(recipe, splits, training, unchecked if dry_run else None)
     accumulation = _check_batch(recipe, training, splits, num_processes)
     precision, why_precision = _choose_precision(training, problems)
     attention, why_attention = "sdpa", ""
@@ -173,119 +157,6 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     return plan
 
 
-def _open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | CatalogueSplit]:
-    problems = recipe.problems
-    splits: list[Blocks | CatalogueSplit] = []
-    for i, item in enumerate(recipe.data.mixture):
-        key = f"data.mixture[{i}]"
-        try:
-            split = Blocks(dataset_folder(item.dataset), "train")
-        except UserError as error:
-            listed = _from_catalogue(item.dataset, recipe.data.block_size)
-            if unchecked is not None and listed is not None:
-                unchecked.append(f"{error} (Its numbers above are the catalogue's.)")
-                splits.append(listed)
-            else:
-                problems.add(
-                    key,
-                    f"cannot be used: {error} (With this recipe's tokenizer and block size: make prep RECIPE={recipe.path})",
-                )
-            continue
-        if split.num_blocks == 0:
-            problems.add(key, f"is {item.dataset}, which has no whole block to train on. Add text or use a smaller block_size.")
-            continue
-        first = next((s for s in splits if isinstance(s, Blocks)), split)
-        if split.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
-            problems.add(
-                key, f"is {item.dataset}, prepared with another tokenizer than {first.folder}. Prepare both with the same."
-            )
-        if split.block_size != first.block_size:
-            problems.add(
-                key,
-                f"is {item.dataset}, prepared in blocks of {split.block_size} while {first.folder} has {first.block_size}. "
-                "Prepare both with the same --block-size.",
-            )
-        splits.append(split)
-    return splits
-
-
-def _from_catalogue(name: str, block_size: int) -> CatalogueSplit | None:
-    """A listed dataset whose folder does not exist; an interrupted or damaged preparation is never glossed over."""
-    folder = dataset_folder(name)
-    if name not in entry_names() or folder.exists():
-        return None
-    return CatalogueSplit(folder, prepared_block_size(name, block_size), load_entry(name).num_tokens or 0)
-
-
-def _load_model_config(recipe: Recipe, unchecked: list[str] | None) -> PretrainedConfig | None:
-    model = recipe.model
-    try:
-        if model.init != "random":
-            return load_checkpoint_config(model.init)
-        return load_config(model.config) if model.config and Path(model.config).is_file() else None
-    except UserError as error:
-        is_hub_id = model.init != "random" and not Path(model.init).exists()
-        if unchecked is not None and is_hub_id:
-            unchecked.append(str(error))
-        else:
-            recipe.problems.messages.append(str(error))
-        return None
-
-
-def _load_tokenizer(splits: list[Blocks | CatalogueSplit]) -> PreTrainedTokenizerBase | None:
-    if not splits or not isinstance(splits[0], Blocks):
-        return None
-    from transformers import AutoTokenizer
-
-    folder = splits[0].folder / "tokenizer"
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the prepared tokenizer cannot be loaded: {error}. Prepare the dataset again.") from None
-
-
-def _open_validation(
-    recipe: Recipe, mixture: list[Blocks | CatalogueSplit], training: dict[str, Any], unchecked: list[str] | None
-) -> list[ValidationRows]:
-    """The named sets; by default the validation split of each dataset of the mixture."""
-    problems, size = recipe.problems, recipe.data.block_size
-    splits = [s for s in mixture if isinstance(s, Blocks)]
-    not_prepared = [s.folder for s in mixture if isinstance(s, CatalogueSplit)]
-    if training.get("eval_strategy") == "no":
-        return []
-    wanted: list[tuple[str, Path, int | None]] = []
-    if recipe.data.validation is None:
-        wanted = [(split.folder.name, split.folder, DEFAULT_VALIDATION_TOKENS) for split in splits]
-    else:
-        for item in recipe.data.validation:
-            folder = dataset_folder(item.dataset)
-            wanted.append((folder.name, folder, item.tokens))
-    control_seed = training.get("seed", 42) if recipe.data.permute_labels else None
-    found = []
-    for i, (name, folder, tokens) in enumerate(wanted):
-        key = f"data.validation[{i}]" if recipe.data.validation is not None else "data.mixture"
-        try:
-            blocks = Blocks(folder, "validation")
-        except UserError as error:
-            if unchecked is None or _from_catalogue(folder.name, size) is None:
-                problems.add(key, f"cannot be used: {error}")
-            elif folder not in not_prepared:
-                unchecked.append(str(error))
-            continue
-        if splits and blocks.manifest.tokenizer.sha256 != splits[0].manifest.tokenizer.sha256:
-            problems.add(key, f"is {folder}, prepared with another tokenizer than {splits[0].folder}. Prepare both with the same.")
-        elif blocks.block_size % size:
-            problems.add(key, f"is {folder}, whose blocks of {blocks.block_size} do not split into rows of {size}.")
-        elif blocks.num_blocks:
-            found.append(ValidationRows(name, blocks, size, tokens, control_seed))
-        elif recipe.data.validation is not None:
-            problems.add(key, f"is {folder}, whose validation split has no whole block. Prepare it with a larger --val-fraction.")
-    names = [rows.name for rows in found]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        problems.add("data.validation", f"has two sets named {name!r}. Their numbers could not be told apart.")
-    return found
-
-
 def _check_batch(recipe: Recipe, training: dict[str, Any], splits: list[Blocks], num_processes: int) -> int:
     """Gradient accumulation from the global batch; refuses what does not divide, with the nearest values."""
     data, problems = recipe.data, recipe.problems
@@ -299,7 +170,8 @@ def _check_batch(recipe: Recipe, training: dict[str, Any], splits: list[Blocks],
         problems.add(
             "data.block_size",
             f"is {data.block_size} but {splits[0].folder} has blocks of {prepared}, which it does not divide. "
-            f"Use {' or '.join(map(str, sorted(near)))}, or prepare the data again with --block-size {data.block_size}.",
+            f"Use {' or '.join(map(str, sorted(near)))}, or prepare the data again with --block-size "
+            f"{data.block_size}.",
         )
         return 1
     micro = rows * data.block_size
@@ -346,8 +218,8 @@ def _check_disk(plan: Plan) -> None:
     if free < need:
         plan.recipe.problems.add(
             "training.save_total_limit",
-            f"needs room for a checkpoint and final/ ({format_bytes(need)}) but {existing} has {format_bytes(free)} free. "
-            "Free some, or set RUNS_DIR to another disk.",
+            f"needs room for a checkpoint and final/ ({format_bytes(need)}) but {existing} has {format_bytes(free)} "
+            "free. Free some, or set RUNS_DIR to another disk.",
         )
 
 
@@ -399,9 +271,7 @@ def describe_plan(plan: Plan) -> str:
     data, last = plan.recipe.data, plan.num_steps - 1
     rows = plan.training["per_device_train_batch_size"]
     marks = sorted({0, plan.num_steps // 10, plan.num_steps // 2, last})
-    rates = "   ".join(
-        f"step {s:,}: {rate:.3g}" for s, rate in zip(marks, learning_rates(plan, marks), strict=True)
-    )
+    rates = "   ".join(f"step {s:,}: {rate:.3g}" for s, rate in zip(marks, learning_rates(plan, marks), strict=True))
     samples = plan.num_steps * plan.samples_per_step
     keep = plan.training.get("save_total_limit", DEFAULTS["save_total_limit"])
     weights = "random weights" if plan.recipe.model.init == "random" else f"weights of {plan.recipe.model.init}"
@@ -423,7 +293,9 @@ def describe_plan(plan: Plan) -> str:
         data.mixture, plan.splits, plan.order.shares, plan.order.passes(samples), strict=True
     ):
         size = f"{split.num_tokens:,} tokens, {passes:.3f} passes" if split.num_tokens else "size not known yet"
-        lines.append(f"data         {item.dataset}: {100 * float(share):.4g} % of the run, blocks of {split.block_size}, {size}")
+        lines.append(
+            f"data         {item.dataset}: {100 * float(share):.4g} % of the run, blocks of {split.block_size}, {size}"
+        )
     for rows_ in plan.validation:
         lines.append(f"validation   {rows_.name}: {rows_.num_rows * data.block_size:,} tokens")
     if not plan.validation:

@@ -10,59 +10,24 @@ the other three are the dataclasses below. A value is never changed silently: it
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clm.problems import (
+    Problems,
+    RecipeError,
+    read_boolean,
+    read_count,
+    read_positive_number,
+    read_text,
+    refuse_unknown,
+)
 from clm.recipe_yaml import YamlProblem, load_yaml, parse_override
-from data_prep.errors import UserError, nearest
-from data_prep.sizes import parse_count
 
 SECTIONS = ("model", "data", "run", "training")
 ATTENTION_CHOICES = ("auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager")
-
-
-class RecipeError(UserError):
-    """All that is wrong with a recipe, one problem per line."""
-
-
-class Problems:
-    """Collects what is wrong with one recipe, so that the user sees everything at once.
-
-    Args:
-        source: the recipe's path, as the user typed it.
-        lines: dotted key -> line number in the file, or None for a key that the command line set.
-    """
-
-    def __init__(self, source: str, lines: dict[str, int | None]):
-        self.source = source
-        self.lines = lines
-        self.messages: list[str] = []
-
-    def add(self, key: str, text: str) -> None:
-        """Record one problem; `text` continues the sentence that begins with the key."""
-        probe = key
-        while probe and probe not in self.lines and "." in probe:
-            probe = probe.rpartition(".")[0]
-        if probe in self.lines and self.lines[probe] is None:
-            where = "command line"
-        else:
-            line = self.lines.get(probe)
-            where = f"{self.source}:{line}" if line else self.source
-        self.messages.append(f"{where}: {key} {text}")
-
-    def unknown(self, key: str, name: str, choices: Any, what: str = "is not a known key") -> None:
-        """Record an unknown name with the nearest known ones."""
-        near = nearest(str(name), list(choices))
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(map(str, choices)))}."
-        self.add(key, f"{what}. {hint}")
-
-    def raise_if_any(self) -> None:
-        """Raise RecipeError with every recorded problem."""
-        if self.messages:
-            raise RecipeError("\n".join(self.messages))
 
 
 @dataclass(frozen=True)
@@ -199,7 +164,8 @@ def _apply_override(document: dict, lines: dict, text: str, problems: Problems) 
     parts = key.split(".")
     if problem or len(parts) < 2 or not all(parts):
         problems.messages.append(
-            f"command line: {text!r} {problem or 'is not section.key=value'}. Write for example training.learning_rate=3e-4."
+            f"command line: {text!r} {problem or 'is not section.key=value'}. "
+            "Write for example training.learning_rate=3e-4."
         )
         return
     node = document
@@ -222,52 +188,60 @@ def _apply_override(document: dict, lines: dict, text: str, problems: Problems) 
 
 def _read_model(raw: dict, problems: Problems) -> ModelSection:
     known = {f.name for f in dataclasses.fields(ModelSection)}
-    _refuse_unknown("model", raw, known, problems)
+    refuse_unknown("model", raw, known, problems)
     section = ModelSection(
-        config=_text(raw, "model.config", None, problems),
-        init=_text(raw, "model.init", "random", problems),
-        attention=_text(raw, "model.attention", "auto", problems),
-        scaled_init=_boolean(raw, "model.scaled_init", False, problems),
+        config=read_text(raw, "model.config", None, problems),
+        init=read_text(raw, "model.init", "random", problems),
+        attention=read_text(raw, "model.attention", "auto", problems),
+        scaled_init=read_boolean(raw, "model.scaled_init", False, problems),
     )
     if section.attention not in ATTENTION_CHOICES:
         problems.unknown("model.attention", section.attention, ATTENTION_CHOICES, f"is {section.attention!r}, unknown")
     if section.init == "random" and not section.config:
-        problems.add("model.config", "is missing. init: random needs an architecture, e.g. model_configs/llama_170m.json.")
+        problems.add(
+            "model.config", "is missing. init: random needs an architecture, e.g. model_configs/llama_170m.json."
+        )
     if section.init == "random" and section.config and not Path(section.config).is_file():
         known_configs = sorted(str(p) for p in Path("model_configs").glob("*.json"))
         problems.unknown("model.config", section.config, known_configs, f"is {section.config!r}, which does not exist")
     if section.init != "random" and section.config:
-        problems.add("model.config", "is set together with model.init. The checkpoint brings its own; remove model.config.")
+        problems.add(
+            "model.config", "is set together with model.init. The checkpoint brings its own; remove model.config."
+        )
     if section.init != "random" and section.scaled_init:
         problems.add("model.scaled_init", "is true but model.init names a checkpoint. Only random weights are drawn.")
     if section.init != "random" and _looks_like_path(section.init) and not Path(section.init).is_dir():
-        problems.add("model.init", f"is {section.init!r}, a folder that does not exist. Name one, or a Hub id user/model.")
+        problems.add(
+            "model.init", f"is {section.init!r}, a folder that does not exist. Name one, or a Hub id user/model."
+        )
     return section
 
 
 def _read_data(raw: dict, problems: Problems) -> DataSection:
-    _refuse_unknown("data", raw, {f.name for f in dataclasses.fields(DataSection)}, problems)
+    refuse_unknown("data", raw, {f.name for f in dataclasses.fields(DataSection)}, problems)
     section = DataSection(
         mixture=_read_mixture(raw.get("mixture"), problems),
         tokenizer=_read_tokenizer(raw.get("tokenizer"), problems),
-        block_size=_count(raw, "data.block_size", problems),
-        tokens=_count(raw, "data.tokens", problems),
-        tokens_per_step=_count(raw, "data.tokens_per_step", problems),
+        block_size=read_count(raw, "data.block_size", problems),
+        tokens=read_count(raw, "data.tokens", problems),
+        tokens_per_step=read_count(raw, "data.tokens_per_step", problems),
         validation=_read_validation(raw.get("validation"), problems),
-        shuffle=_boolean(raw, "data.shuffle", True, problems),
-        max_epochs=_positive_number(raw, "data.max_epochs", 4.0, problems),
-        permute_labels=_boolean(raw, "data.permute_labels", False, problems),
+        shuffle=read_boolean(raw, "data.shuffle", True, problems),
+        max_epochs=read_positive_number(raw, "data.max_epochs", 4.0, problems),
+        permute_labels=read_boolean(raw, "data.permute_labels", False, problems),
     )
     return section
 
 
 def _read_run(raw: dict, problems: Problems) -> RunSection:
-    _refuse_unknown("run", raw, {f.name for f in dataclasses.fields(RunSection)}, problems)
+    refuse_unknown("run", raw, {f.name for f in dataclasses.fields(RunSection)}, problems)
     samples = raw.get("samples") or {}
     if not isinstance(samples, dict):
-        problems.add("run.samples", f"is {samples!r} but must be a mapping with prompts, max_new_tokens, temperature, top_k.")
+        problems.add(
+            "run.samples", f"is {samples!r} but must be a mapping with prompts, max_new_tokens, temperature, top_k."
+        )
         return RunSection()
-    _refuse_unknown("run.samples", samples, {f.name for f in dataclasses.fields(SampleSettings)}, problems)
+    refuse_unknown("run.samples", samples, {f.name for f in dataclasses.fields(SampleSettings)}, problems)
     prompts = samples.get("prompts") or []
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
         problems.add("run.samples.prompts", f"is {prompts!r} but must be a list of texts.")
@@ -275,9 +249,9 @@ def _read_run(raw: dict, problems: Problems) -> RunSection:
     return RunSection(
         samples=SampleSettings(
             prompts=tuple(prompts),
-            max_new_tokens=_count(samples, "run.samples.max_new_tokens", problems, 64),
-            temperature=_positive_number(samples, "run.samples.temperature", 0.7, problems),
-            top_k=_count(samples, "run.samples.top_k", problems, 20),
+            max_new_tokens=read_count(samples, "run.samples.max_new_tokens", problems, 64),
+            temperature=read_positive_number(samples, "run.samples.temperature", 0.7, problems),
+            top_k=read_count(samples, "run.samples.top_k", problems, 20),
         )
     )
 
@@ -293,8 +267,8 @@ def _read_mixture(value: Any, problems: Problems) -> tuple[MixtureItem, ...]:
         if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str) or not entry["dataset"]:
             problems.add(where, f"is {entry!r} but must be a mapping with dataset: NAME and weight: NUMBER.")
             continue
-        _refuse_unknown(where, entry, {"dataset", "weight"}, problems)
-        weight = _positive_number(entry, f"{where}.weight", 1.0, problems)
+        refuse_unknown(where, entry, {"dataset", "weight"}, problems)
+        weight = read_positive_number(entry, f"{where}.weight", 1.0, problems)
         if any(item.dataset == entry["dataset"] for item in items):
             problems.add(where, f"names {entry['dataset']!r} a second time. Give it one entry with the summed weight.")
         items.append(MixtureItem(entry["dataset"], weight))
@@ -312,10 +286,12 @@ def _read_validation(value: Any, problems: Problems) -> tuple[ValidationItem, ..
     for i, entry in enumerate(value):
         where = f"{key}[{i}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str) or not entry["dataset"]:
-            problems.add(where, f"is {entry!r} but must be a mapping with dataset: NAME and, optionally, tokens: NUMBER.")
+            problems.add(
+                where, f"is {entry!r} but must be a mapping with dataset: NAME and, optionally, tokens: NUMBER."
+            )
             continue
-        _refuse_unknown(where, entry, {"dataset", "tokens"}, problems)
-        tokens = _count(entry, f"{where}.tokens", problems) if entry.get("tokens") is not None else None
+        refuse_unknown(where, entry, {"dataset", "tokens"}, problems)
+        tokens = read_count(entry, f"{where}.tokens", problems) if entry.get("tokens") is not None else None
         items.append(ValidationItem(entry["dataset"], tokens))
     return tuple(items)
 
@@ -325,56 +301,10 @@ def _read_tokenizer(value: Any, problems: Problems) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, dict) and set(value) == {"train"}:
-        size = _count(value, "data.tokenizer.train", problems)
+        size = read_count(value, "data.tokenizer.train", problems)
         return f"train:{size}"
     problems.add("data.tokenizer", f"is {value!r} but must be a Hub id, a path, or {{train: 50000}}.")
     return None
-
-
-def _refuse_unknown(prefix: str, raw: dict, known: set[str], problems: Problems) -> None:
-    for name in raw:
-        if name not in known:
-            problems.unknown(f"{prefix}.{name}", name, known)
-
-
-def _text(raw: dict, key: str, default: str | None, problems: Problems) -> str | None:
-    value = raw.get(key.rpartition(".")[2], default)
-    if value is not default and (not isinstance(value, str) or not value):
-        problems.add(key, f"is {value!r} but must be a text.")
-        return default
-    return value
-
-
-def _boolean(raw: dict, key: str, default: bool, problems: Problems) -> bool:
-    value = raw.get(key.rpartition(".")[2], default)
-    if not isinstance(value, bool):
-        problems.add(key, f"is {value!r} but must be true or false.")
-        return default
-    return value
-
-
-def _count(raw: dict, key: str, problems: Problems, default: int | None = None) -> int:
-    value = raw.get(key.rpartition(".")[2], default)
-    if value is None:
-        problems.add(key, "is missing. Write a number such as 512, 262_144, 2M or 10B.")
-        return 1
-    try:
-        count = parse_count(value)
-    except ValueError:
-        problems.add(key, f"is {value!r} but must be a whole number such as 512, 262_144, 2M or 10B.")
-        return 1
-    if count < 1:
-        problems.add(key, f"is {value!r} but must be at least 1.")
-        return 1
-    return count
-
-
-def _positive_number(raw: dict, key: str, default: float, problems: Problems) -> float:
-    value = raw.get(key.rpartition(".")[2], default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        problems.add(key, f"is {value!r} but must be a number above 0.")
-        return default
-    return float(value)
 
 
 def _looks_like_path(text: str) -> bool:

@@ -58,7 +58,9 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int | None]]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise YamlProblem(f"{where}: is not valid YAML: {problem}. Check indentation, colons and quotes there.") from None
+        raise YamlProblem(
+            f"{where}: is not valid YAML: {problem}. Check indentation, colons and quotes there."
+        ) from None
     finally:
         loader.dispose()
 
@@ -71,7 +73,9 @@ def _walk(node: yaml.Node, prefix: str, lines: dict, duplicates: list[str], path
             key = f"{prefix}.{name}" if prefix else name
             line = key_node.start_mark.line + 1
             if name in seen:
-                duplicates.append(f"{path}:{line}: {key} is given twice (first in line {seen[name]}). Remove one of them.")
+                duplicates.append(
+                    f"{path}:{line}: {key} is given twice (first in line {seen[name]}). Remove one of them."
+                )
             seen.setdefault(name, line)
             lines[key] = line
             _walk(value_node, key, lines, duplicates, path)

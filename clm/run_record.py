@@ -97,7 +97,9 @@ def check_same_recipe(recipe: Recipe, run: Path) -> None:
     ]
     if different:
         raise UserError(
-            f"{run} belongs to another recipe:\n" + "\n".join(different) + "\nNothing was changed. Give this run its own "
+            f"{run} belongs to another recipe:\n"
+            + "\n".join(different)
+            + "\nNothing was changed. Give this run its own "
             f"folder with training.run_name={recipe.name}-2, or put the values back, or delete {run}."
         )
 
@@ -118,8 +120,8 @@ def check_same_data(plan: Any) -> None:
         if known is not None and known != now:
             raise UserError(
                 f"{split.folder}: the data has changed since {plan.run_folder} began (fingerprint {known[:12]} then, "
-                f"{now[:12]} now). Going on would mix two corpora in one curve. Restore the data, or start a new run with "
-                f"training.run_name={plan.recipe.name}-2."
+                f"{now[:12]} now). Going on would mix two corpora in one curve. Restore the data, or start a new run "
+                f"with training.run_name={plan.recipe.name}-2."
             )
 
 
@@ -181,7 +183,9 @@ def _describe_device(plan: Any) -> str:
 def _git_commit() -> str | None:
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
@@ -196,7 +200,11 @@ def _may_change(key: str) -> bool:
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
-        return {k: v for name, child in value.items() for k, v in _flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()}
+        return {
+            k: v
+            for name, child in value.items()
+            for k, v in _flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return {k: v for i, child in enumerate(value) for k, v in _flatten(child, f"{prefix}[{i}]").items()}
     return {prefix: value}

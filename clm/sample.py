@@ -6,6 +6,7 @@ An empty prompt starts where documents start: at BOS, or at EOS for a tokenizer 
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def generate_samples(
                         f"max_new_tokens is {max_new_tokens} but the prompt has {len(ids)} tokens and the model "
                         f"{positions} positions. Ask for at most {max(positions - len(ids), 0)} new tokens."
                     )
-                torch.manual_seed(seed)
+                torch.manual_seed(zlib.crc32(f"{seed} {prompt}".encode()))  # torch uses 32 bits on a CPU
                 inputs = torch.tensor([ids], device=model.device)
                 rows = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
                 texts += tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -190,8 +190,8 @@ class ClmTrainer(Trainer):
             self.progress.report(record, self.state.max_steps)
             if not math.isfinite(record["loss"]):
                 raise UserError(
-                    f"{self.run_folder}: the loss is {record['loss']} at step {record['step']:,}. Training on would save "
-                    "broken weights. Lower training.learning_rate or lengthen training.warmup_steps, and give the run "
+                    f"{self.run_folder}: the loss is {record['loss']} at step {record['step']:,}. Training on would "
+                    "save broken weights. Lower training.learning_rate or lengthen training.warmup_steps, and give the run "
                     "another training.run_name; checkpoints up to here are kept."
                 )
 

@@ -119,7 +119,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
                     records = records[:bad]
                 rows, runs = _encode_batch(records, job, encoder)
                 for file, run in zip((train, validation), runs, strict=True):
-                    run.astype(job.dtype).tofile(file)
+                    file.write(run.astype(job.dtype).data)  # tofile() would hide why a write fails
                 kept = (
                     zip(*(record.kept for record in records), strict=True)
                     if job.reading.keep_columns and records

@@ -132,18 +132,22 @@ def _status(error: BaseException) -> int | None:
 
 def _is_unreachable(error: BaseException) -> bool:
     """No answer at all: offline by setting, no route, no name service, a timeout."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    return _status(error) is None and isinstance(error, OSError | HTTPError)
+    is_not_found = isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+    return _status(error) is None and isinstance(error, OSError | HTTPError) and not is_not_found
 
 
 def _is_passing(error: BaseException, is_started: bool) -> bool:
     if _is_offline_by_setting():
         return False
-    is_timeout = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+    # A connection that was made and then broke: ReadTimeout, ReadError, RemoteProtocolError ... of the HTTP library.
+    is_broken = isinstance(error, TimeoutError) or any(
+        word in type(error).__name__ for word in ("Timeout", "Read", "Remote")
+    )
     return (
         _status(error) in PASSING_STATUS
-        or is_timeout
+        or is_broken
         or (is_started and _is_unreachable(error) and not _is_disk_error(error))
     )
 
@@ -164,7 +168,7 @@ def _explain(error: BaseException, what: str) -> str:
 
     repository = what.removeprefix("the file list of ").split(":")[0]
     page = f"{ENDPOINT}/datasets/{repository}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
         return (
             f"{what}: the dataset is gated. Accept its terms at {page}, then log in with `hf auth login` (or "
             "set HF_TOKEN)."

@@ -173,7 +173,7 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
 
     Fixed before anything is encoded.
     """
-    estimate = 0.0
+    estimate = 0.0  # tokens
     for number, source in enumerate(plan.sources):
         entry = source.entry
         sizes = [
@@ -185,13 +185,13 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
         if source.max_documents and entry.num_documents:
             num_tokens *= min(source.max_documents / entry.num_documents, 1)
         estimate += num_tokens
-    estimate = max(min(estimate, plan.max_tokens or estimate), 1)
+    estimate = max(int(min(estimate, plan.max_tokens or estimate)), 1)
     fraction = min(plan.val_fraction, plan.val_max_tokens / estimate)
     return {
         "hash": "blake2b-64 of the UTF-8 text, big-endian",
         "threshold": int(fraction * 2**64),
         "fraction": fraction,
-        "estimated_tokens": int(estimate),
+        "estimated_tokens": estimate,
         "official": [source.label for source in plan.sources if source.has_official_validation],
     }
 

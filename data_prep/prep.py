@@ -8,16 +8,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.align import Taken, write_document_map, write_split
 from data_prep.documents import files_path
-from data_prep.encode import Job
 from data_prep.encoder import encoder_name
 from data_prep.errors import UserError
-from data_prep.hub import download_file, list_hub_files
+from data_prep.hub import list_hub_files
+from data_prep.jobs import make_jobs, make_stream
 from data_prep.ledger import LedgerError, describe_ledger, find_imbalances, ledger_entry
 from data_prep.lock import folder_lock
 from data_prep.manifest import (
@@ -163,19 +162,6 @@ def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
     return files
 
 
-def make_stream(plan: Plan, files: list[tuple[int, SourceFile]]) -> Stream:
-    """The plan's stream; files of the Hub are downloaded when they are first read."""
-    paths: dict[int, str] = {}
-
-    def fetch(index: int) -> str:
-        if index not in paths:
-            number, file = files[index]
-            paths[index] = file.path or download_file(plan.sources[number].entry, file)
-        return paths[index]
-
-    return Stream(plan.sources, files, fetch, plan.keep_columns, plan.max_tokens, plan.max_docs)
-
-
 def _is_small_and_strict(plan: Plan) -> bool:
     """Whether reading everything once before writing costs little: then every error comes first."""
     is_local = all(source.entry.path is not None for source in plan.sources)
@@ -259,36 +245,6 @@ def _encode(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int
     finally:
         progress.close()
     return units
-
-
-def make_jobs(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int) -> Iterator[Job]:
-    """The stream's units with all that their results depend on, lazily."""
-    identities = [file.identity for _, file in stream.files]
-    dtype = str(token_dtype(tokenizer.vocab_size))
-    for unit in stream.units():
-        source = plan.sources[unit.source]
-        reading = stream.reading(unit.source)
-        is_skipped = source.entry.on_bad_record == "skip"
-        unit_threshold = 0 if source.has_official_validation else threshold
-        settings = {
-            "tokenizer": tokenizer.sha256,
-            "encoder": encoder_name(),
-            "dtype": dtype,
-            "threshold": unit_threshold,
-            "is_bad_skipped": is_skipped,
-            "reading": asdict(reading),
-        }
-        yield Job(
-            unit=unit,
-            key=unit.key(settings, identities),
-            work=plan.folder / WORK_NAME,
-            tokenizer_folder=plan.folder / "tokenizer",
-            tokenizer=replace(tokenizer, source=None),  # hashable: a worker keeps its encoder by it
-            dtype=dtype,
-            threshold=unit_threshold,
-            reading=reading,
-            is_bad_skipped=is_skipped,
-        )
 
 
 def _choose_num_proc(plan: Plan, num_proc: int | None) -> int:

@@ -136,7 +136,7 @@ def _read_jsonl(piece: Piece, reading: Reading) -> Iterator[Record]:
             else:
                 yield Record(piece.file, number, *_check_text(row[reading.text_column], reading.text_column), kept)
     except OSError as error:  # what pyarrow raises for a broken gzip or zstd stream
-        yield Record(piece.file, number + 1, None, f"the file cannot be decompressed from here on ({error})", nothing)
+        yield Record(piece.file, number + 1, None, f"the rest of the file cannot be decompressed ({error})", nothing)
 
 
 def _read_parquet(piece: Piece, reading: Reading) -> Iterator[Record]:
@@ -161,7 +161,7 @@ def _read_parquet(piece: Piece, reading: Reading) -> Iterator[Record]:
                     number += 1
     except (OSError, pa.ArrowException) as error:
         yield Record(
-            piece.file, number, None, f"the Parquet file cannot be read from here on ({_one_line(error)})", nothing
+            piece.file, number, None, f"the rest of the file cannot be read as Parquet ({_one_line(error)})", nothing
         )
 
 

@@ -42,12 +42,18 @@ class Stream:
         for number in range(len(self.sources)):
             self.counts[number], self.num_units_used[number], self.beyond_cap[number] = Counts(), 0, 0
 
-    def units(self) -> Iterator[Unit]:
-        """All units: source by source, train before an official validation split; none of a source that has enough."""
-        for number in range(len(self.sources)):
-            for unit in self.train_units(number):
-                if number in self.finished:
-                    break
+    def units(self) -> Iterator[Unit | None]:
+        """All units: source by source, train before an official validation split; none of a source that has enough.
+
+        None asks to wait until all units so far were taken: only then is it known if a cap needs the next download.
+        """
+        for number, source in enumerate(self.sources):
+            is_capped = source.max_documents or self.max_docs or self.max_tokens
+            if is_capped and source.entry.repository and source.entry.document_start is None:
+                units = self._units_file_by_file(number)
+            else:
+                units = self.train_units(number)
+            while number not in self.finished and (unit := next(units, self)) is not self:
                 yield unit
             yield from self._units_of(number, "validation")
 
@@ -153,6 +159,12 @@ class Stream:
         if problems:
             more = "\n... and more." if len(problems) > MAX_PROBLEMS_SHOWN else ""
             raise UserError("\n".join(problems[:MAX_PROBLEMS_SHOWN]) + more)
+
+    def _units_file_by_file(self, number: int) -> Iterator[Unit | None]:
+        for index, (source, file) in enumerate(self.files):
+            if source == number and file.split == "train":
+                yield None
+                yield from iter_units(self.sources[number], number, [(index, file)], "train", self.fetch)
 
     def _units_of(self, number: int, split: str) -> Iterator[Unit]:
         files = [

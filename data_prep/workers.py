@@ -1,8 +1,8 @@
 """Worker processes for units: results in order, a bounded number of units ahead, a dead worker named.
 
-In: jobs, lazily. Out: (job, result) in the order of the jobs, whoever finished first. A worker is a spawned process
-(never forked: the tokenizer library has threads) that gets one job at a time through a pipe. One worker means this
-process.
+In: jobs, lazily, and None where what comes next depends on the results so far. Out: (job, result) in the order of the
+jobs, whoever finished first. A worker is a spawned process (never forked: the tokenizer library has threads) that gets
+one job at a time through a pipe. One worker means this process.
 """
 
 import errno
@@ -26,7 +26,7 @@ MAX_TRIES = 2
 Report = Callable[[int, int], None]
 
 
-def run_jobs(jobs: Iterator[Job], num_proc: int, report: Report) -> Iterator[tuple[Job, UnitResult]]:
+def run_jobs(jobs: Iterator[Job | None], num_proc: int, report: Report) -> Iterator[tuple[Job, UnitResult]]:
     """Encode all jobs, in order. Units that an earlier attempt finished are not encoded again.
 
     Raises:
@@ -34,7 +34,7 @@ def run_jobs(jobs: Iterator[Job], num_proc: int, report: Report) -> Iterator[tup
     """
     if num_proc == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        for job in jobs:
+        for job in filter(None, jobs):
             yield job, load_result(job.work, job.key) or _encode_here(job, report)
         return
     pool = _Pool(num_proc, report)
@@ -77,20 +77,26 @@ class _Pool:
         self.results: dict[int, UnitResult] = {}
         self.tries: dict[int, int] = {}
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, UnitResult]]:
+    def run(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, UnitResult]]:
         next_in = next_out = 0
         waiting: list[int] = []  # to be encoded
-        is_exhausted = False
+        is_exhausted = is_held = False
         while True:
             while next_out in self.results:
                 yield self.jobs.pop(next_out), self.results.pop(next_out)
                 next_out += 1
+            is_held = is_held and next_out < next_in
             idle_slots = self.num_proc - sum(worker.index is not None for worker in self.workers)
-            while not is_exhausted and len(waiting) < idle_slots and next_in - next_out < UNITS_AHEAD * self.num_proc:
-                job = next(jobs, None)
-                if job is None:
+            is_room = next_in - next_out < UNITS_AHEAD * self.num_proc
+            while not is_exhausted and not is_held and is_room and len(waiting) < idle_slots:
+                try:
+                    job = next(jobs)
+                except StopIteration:
                     is_exhausted = True
                     break
+                if job is None:
+                    is_held = next_out < next_in
+                    continue
                 self.jobs[next_in] = job
                 finished = load_result(job.work, job.key)
                 if finished is not None:
@@ -98,6 +104,7 @@ class _Pool:
                 else:
                     waiting.append(next_in)
                 next_in += 1
+                is_room = next_in - next_out < UNITS_AHEAD * self.num_proc
                 if next_out in self.results:
                     break  # hand it out before looking further
             if next_out in self.results:

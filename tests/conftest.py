@@ -64,7 +64,7 @@ class Result(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A prepared dataset: 512 tokens of vocabulary, block size 64, a validation split of about a tenth."""
+    """A prepared dataset: 384 tokens of vocabulary, block size 64, a validation split of about a tenth."""
 
     folder: Path
     tokenizer: Path
@@ -122,9 +122,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Prepar
     shared = (base if worker_id == "master" else base.parent) / "prepared"  # all xdist workers see base.parent
     ready = Prepared(shared / "data" / "tiny", shared / "tokenizer", shared / "corpus")
     with FileLock(f"{shared}.lock"):
-        if not ready.folder.exists():
+        if not (ready.folder / "manifest.json").exists():
             write_corpus(ready.corpus)
-            train = ["train-tokenizer", ready.corpus, "--vocab-size", "512", "--out", ready.tokenizer]
+            train = ["train-tokenizer", ready.corpus, "--vocab-size", "384", "--out", ready.tokenizer]
             prep = ["prep", ready.corpus, "--tokenizer", ready.tokenizer, "--block-size", "64", "--out", ready.folder]
             for arguments in (train, [*prep, "--val-fraction", "0.1", "--num-proc", "1"]):
                 result = run_command(["-m", "data_prep", *arguments])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = "help install demo test lint datasets prep inspect check train sample export push".split()
+VERBS = {"help", "install", "demo", "test", "lint", "datasets", "prep", "inspect", "check"}
+VERBS |= {"train", "sample", "export", "push"}
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,7 @@ def test_make_alone_shows_every_verb():
     done = make()
     assert done.returncode == 0
     shown = re.findall(r"^  ([a-z-]+)  +[A-Z]", done.stdout, flags=re.MULTILINE)
-    assert set(VERBS) <= set(shown)
+    assert set(shown) >= VERBS
     assert done.stdout == make("help").stdout
 
 
@@ -44,10 +45,8 @@ def test_make_alone_shows_every_verb():
     [
         (["prep", "DATASET=fineweb"], ['.venv/bin/python -m data_prep prep "fineweb"']),
         (
-            ["prep", "DATASET=a b.txt", "TOKENIZER=t", "BLOCK_SIZE=64", "OUT=data/x", "PREP_ARGS=--max-docs 9"],
-            [
-                '.venv/bin/python -m data_prep prep "a b.txt" --tokenizer "t" --block-size "64" --out "data/x" --max-docs 9'
-            ],
+            ["prep", "DATASET=a b", "TOKENIZER=t", "BLOCK_SIZE=64", "OUT=data/x", "PREP_ARGS=--max-docs 9"],
+            ['.venv/bin/python -m data_prep prep "a b" --tokenizer "t" --block-size "64" --out "data/x" --max-docs 9'],
         ),
         (["prep", "RECIPE=recipes/demo.yaml"], ['.venv/bin/python -m clm prep "recipes/demo.yaml"']),
         (["inspect", "DATASET=stdlib"], ['.venv/bin/python -m data_prep inspect "stdlib"']),

@@ -1,4 +1,4 @@
-"""A finished run small enough for every test: prepared by data_prep itself, with a real (untrained) model in final/.
+"""A finished run small enough for every test: on the prepared tiny corpus, with a real (untrained) model in final/.
 
 Tests that write use `run_copy`; the others share one run per session.
 """
@@ -7,47 +7,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-BLOCK_SIZE, PREPARED_BLOCK_SIZE = 32, 64  # a prepared block is two rows
-TEXT = "the cat sat on a mat while näive rivers of 東京 flow under old bridges and nobody counts them"
-WORDS = TEXT.split()
+BLOCK_SIZE = 32  # a prepared block, of 64, is two rows
 
 
 @pytest.fixture(scope="session")
-def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/small: 120 documents, a byte-level BPE of 320 tokens with [BOT] and [EOT], about a fifth held out."""
-    root = tmp_path_factory.mktemp("small")
-    texts = [" ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, 30)) + f" {i}.\n" for i in range(120)]
-    lines = (json.dumps({"text": text}) for text in texts)
-    (root / "small.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _train_tokenizer(texts, root / "tokenizer")
-    command = [sys.executable, "-m", "data_prep", "prep", str(root / "small.jsonl"), "--num-proc", "1"]
-    command += ["--tokenizer", str(root / "tokenizer"), "--block-size", str(PREPARED_BLOCK_SIZE)]
-    command += ["--val-fraction", "0.2", "--out", str(root / "data" / "small")]
-    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return root / "data" / "small"
-
-
-@pytest.fixture(scope="session")
-def small_run(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/small as training leaves it; its evaluation was computed one row at a time, from float64 logits."""
     run = tmp_path_factory.mktemp("root") / "runs" / "small"
     run.mkdir(parents=True)
-    model, tokenizer = _make_model(small_dataset)
+    model, tokenizer = _make_model(prepared.folder)
     for folder in (run / "final", run / "checkpoint-10"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     (run / "checkpoint-10" / "checkpoint.json").write_text("{}")
-    evaluation = _evaluate(model, tokenizer, small_dataset)
+    evaluation = _evaluate(model, tokenizer, prepared.folder)
     metrics = [{"step": 0, "tokens": 0, **evaluation, "eval_loss": 5.9, "eval_bits_per_byte": 4.1, "time_s": 0.1}]
     for step in range(1, 11):
         metrics.append(
@@ -56,7 +35,7 @@ def small_run(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     metrics.append({"step": 10, "tokens": 6400, **evaluation, "time_s": 5.2})
     metrics.append({"step": 10, "tokens": 6400, "finished": True, "time_s": 5.25})
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
-    recipe = _make_recipe(small_dataset, model.num_parameters(), evaluation)
+    recipe = _make_recipe(prepared.folder, model.num_parameters(), evaluation)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return run
 
@@ -65,32 +44,6 @@ def small_run(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def run_copy(small_run: Path, tmp_path: Path) -> Path:
     """A copy of the run that a test may change."""
     return Path(shutil.copytree(small_run, tmp_path / "runs" / "small"))
-
-
-def python_environment(**more: str) -> dict[str, str]:
-    """The environment for a child Python that imports this repository from wherever it runs."""
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join([root, os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [root])
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **more}
-
-
-def _train_tokenizer(texts: list[str], folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    control = ["[BOT]", "[EOT]", "[PAD]", "[UNK]"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=control, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="[BOT] $A", special_tokens=[("[BOT]", 0)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="[BOT]", eos_token="[EOT]", pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder)
 
 
 def _make_model(dataset: Path):
@@ -143,15 +96,13 @@ def _evaluate(model, tokenizer, dataset: Path) -> dict[str, float]:
 
 def _make_recipe(dataset: Path, num_parameters: int, evaluation: dict) -> dict:
     manifest = json.loads((dataset / "manifest.json").read_text())
-    train, validation = (
-        manifest["splits"][split]["num_blocks"] * PREPARED_BLOCK_SIZE for split in ("train", "validation")
-    )
+    train, validation = (manifest["splits"][split]["num_blocks"] * 64 for split in ("train", "validation"))
     assert validation == evaluation["eval_num_tokens"] + 1  # one shard: only its last position has no target
-    where = {"name": "small", "folder": str(dataset)}
+    where = {"name": "tiny", "folder": str(dataset)}
     return {
         "model": {"config": "model_configs/x.json", "init": "random"},
-        "data": {"mixture": [{"dataset": "small", "weight": 1.0}], "block_size": BLOCK_SIZE, "permute_labels": False},
-        "run": {"samples": {"prompts": ["the cat", "old bridges"]}},
+        "data": {"mixture": [{"dataset": "tiny", "weight": 1.0}], "block_size": BLOCK_SIZE, "permute_labels": False},
+        "run": {"samples": {"prompts": ["The river", "Every reader"]}},
         "training": {
             "learning_rate": 1e-3,
             "optim": "adamw_torch_fused",

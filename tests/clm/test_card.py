@@ -38,9 +38,9 @@ def test_the_header_is_the_hubs_and_the_body_has_the_runs_own_numbers(run_copy):
     assert header.base_model is None and header.language is None and header.datasets is None
     recipe = read_recipe(run_copy)
     count = recipe["resolved"]["num_parameters"]
-    assert f"{count:,} parameters ({count / 1e6:.2f} x 10^6, {count / 2**20:.2f} x 2^20)" in text
+    assert f"{count:,} ({count / 1e6:.2f} x 10^6, {count / 2**20:.2f} x 2^20) parameters" in text
     evaluation = json.loads((run_copy / "metrics.jsonl").read_text().splitlines()[-2])
-    row = next(line for line in text.splitlines() if line.startswith("| small | ") and "100.00%" not in line)
+    row = next(line for line in text.splitlines() if line.startswith("| tiny | ") and "100.00%" not in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == f"{evaluation['eval_loss']:.4f}" and cells[3] == f"{evaluation['eval_bits_per_byte']:.4f}"
     assert cells[4:] == [f"{evaluation['eval_num_tokens']:,}", f"{evaluation['eval_num_bytes']:,}"]
@@ -64,7 +64,7 @@ def test_what_was_not_measured_is_said_or_left_out_and_never_invented(run_copy):
     change(run_copy, training={"optim": None}, resolved={"git_commit": None, "versions": {}})
     text = write_card(run_copy, run_copy / "final").read_text()
     assert "Not measured: the run has no evaluation." in text
-    assert "| Training time | not measured |" in text and "| Optimizer |" not in text and "git commit" not in text
+    assert "| Training time | not measured |" in text and "| Optimizer |" not in text and "Git commit" not in text
     assert "curve.svg" not in text and "None" not in text
     assert "The run has not finished" in text
 

@@ -42,7 +42,10 @@ def test_the_order_does_not_depend_on_how_it_is_asked():
 
 
 def test_another_seed_gives_another_order():
-    assert order((1000, "1"), seed=1).block_at(np.arange(20))[1].tolist() != order((1000, "1"), seed=2).block_at(np.arange(20))[1].tolist()
+    assert (
+        order((1000, "1"), seed=1).block_at(np.arange(20))[1].tolist()
+        != order((1000, "1"), seed=2).block_at(np.arange(20))[1].tolist()
+    )
 
 
 def test_shares_are_within_one_block_at_every_window_border():

@@ -3,7 +3,8 @@
 import pytest
 
 from clm.arguments import check_training
-from clm.recipe import RecipeError, load_recipe
+from clm.problems import RecipeError
+from clm.recipe import load_recipe
 
 GOOD = """\
 model:
@@ -46,7 +47,9 @@ def test_a_good_recipe_is_read_with_numbers_as_people_write_them(recipe_file):
     assert recipe.problems.messages == []
 
 
-@pytest.mark.parametrize("written, value", [("3e-4", 3e-4), ("1E5", 1e5), ("2.5e-3", 2.5e-3), ("-1e-2", -1e-2), (".5e1", 5.0)])
+@pytest.mark.parametrize(
+    "written, value", [("3e-4", 3e-4), ("1E5", 1e5), ("2.5e-3", 2.5e-3), ("-1e-2", -1e-2), (".5e1", 5.0)]
+)
 def test_a_float_with_an_exponent_is_a_number(recipe_file, written, value):
     text = GOOD + f"  weight_decay: {written}\n"
     assert load_recipe(recipe_file(text)).training["weight_decay"] == value
@@ -55,7 +58,12 @@ def test_a_float_with_an_exponent_is_a_number(recipe_file, written, value):
 def test_overrides_use_the_same_grammar_and_win(recipe_file):
     recipe = load_recipe(
         recipe_file(GOOD),
-        ["training.learning_rate=1e-3", "data.tokens=1B", "data.mixture=[{dataset: x}]", "training.lr_scheduler_kwargs.min_lr_rate=0.1"],
+        [
+            "training.learning_rate=1e-3",
+            "data.tokens=1B",
+            "data.mixture=[{dataset: x}]",
+            "training.lr_scheduler_kwargs.min_lr_rate=0.1",
+        ],
     )
     assert recipe.training["learning_rate"] == 1e-3
     assert recipe.data.tokens == 10**9
@@ -95,7 +103,11 @@ def test_the_written_record_of_a_recipe_reads_as_the_same_recipe(recipe_file, tm
         ("weight: 1.0", "weight: 0", ["data.mixture[0].weight is 0", "above 0"]),
         ("weight: 1.0", "wieght: 1.0", ["data.mixture[0].wieght is not a known key", "weight"]),
         ("[{dataset: stdlib, weight: 1.0}]", "stdlib", ["data.mixture is 'stdlib'", "list"]),
-        ("llama_demo.json", "llama_demoo.json", ["model.config is 'model_configs/llama_demoo.json'", "does not exist", "llama_demo.json"]),
+        (
+            "llama_demo.json",
+            "llama_demoo.json",
+            ["model.config is 'model_configs/llama_demoo.json'", "does not exist", "llama_demo.json"],
+        ),
         ("model:\n", "model:\n  attention: flash\n", ["model.attention is 'flash'", "flash_attention_2"]),
         ("model:\n", "model:\n  init: ./nowhere\n", ["model.init is './nowhere'", "does not exist"]),
         ("training:\n", "training:\n  run_name: a/b\n", ["training.run_name is 'a/b'", "plain folder name"]),
@@ -132,8 +144,19 @@ def test_a_missing_recipe_shows_those_there_are(tmp_path):
 
 
 def test_all_problems_are_told_at_once(recipe_file):
-    text = problems_of(recipe_file(GOOD.replace("3e-4", "-1").replace("block_size: 256", "blok_size: 256")), "run.smples={}", "training.seed=x", "nonsense")
-    for part in ("learning_rate is -1", "data.blok_size", "run.smples", "command line: training.seed is 'x'", "'nonsense'"):
+    text = problems_of(
+        recipe_file(GOOD.replace("3e-4", "-1").replace("block_size: 256", "blok_size: 256")),
+        "run.smples={}",
+        "training.seed=x",
+        "nonsense",
+    )
+    for part in (
+        "learning_rate is -1",
+        "data.blok_size",
+        "run.smples",
+        "command line: training.seed is 'x'",
+        "'nonsense'",
+    ):
         assert part in text
     assert len(text.splitlines()) >= 5
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import lzma
 import random
@@ -8,29 +9,32 @@ import pytest
 from transformers import AutoTokenizer
 
 from clm.yardstick import compressor_rows, describe_yardstick, held_out_text, training_text
+from data_prep.documents import documents_between
 
 
 @pytest.fixture(scope="module")
-def tokenizer(small_dataset):
-    return AutoTokenizer.from_pretrained(small_dataset / "tokenizer")
+def tokenizer(prepared):
+    return AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
 
 
-def test_the_held_out_text_is_the_documents_without_control_tokens(small_dataset, small_run, tokenizer):
+def test_the_held_out_text_is_the_documents_without_control_tokens(prepared, small_run, tokenizer):
     num_tokens = json.loads((small_run / "metrics.jsonl").read_text().splitlines()[-2])["eval_num_tokens"] + 1
-    text = held_out_text(small_dataset, num_tokens, tokenizer).decode()
-    documents = [
-        json.loads(line)["text"] for line in (small_dataset.parents[1] / "small.jsonl").read_text().splitlines()
-    ]
-    held_out = [document for document in documents if document in text]
-    assert len(held_out) >= 10 and "[EOT]" not in text and "[BOT]" not in text
-    assert text.startswith("".join(held_out))  # what is left is the document that the last block cuts
-    shorter = held_out_text(small_dataset, 50, tokenizer)
-    assert 50 <= len(shorter) < 300 and text.encode().startswith(shorter)
+    text = held_out_text(prepared.folder, num_tokens, tokenizer)
+    chapters = [path.read_bytes() for path in prepared.corpus.glob("*.txt")]
+    pages = [json.loads(line)["text"].encode() for line in (prepared.corpus / "pages.jsonl").read_bytes().splitlines()]
+    documents = documents_between(prepared.folder, "validation", 0, num_tokens)
+    ends = list(itertools.accumulate(document.num_bytes for document in documents))
+    assert len(ends) >= 10 and ends[-2] < len(text) <= ends[-1]  # the last block cuts a document, or ends with one
+    for start, end in zip([0, *ends], ends[:-1], strict=False):
+        assert text[start:end] in [*chapters, *pages]
+    shorter = held_out_text(prepared.folder, 50, tokenizer)
+    assert 50 <= len(shorter) < 300 and text.startswith(shorter)
 
 
-def test_training_text_is_its_end_and_never_longer_than_asked(small_dataset, tokenizer):
-    whole = training_text(small_dataset, 10**6, tokenizer)
-    assert len(whole) > 5000 and training_text(small_dataset, 1000, tokenizer) == whole[-1000:]
+def test_training_text_is_its_end_and_never_longer_than_asked(prepared, tokenizer):
+    whole = training_text(prepared.folder, 10**6, tokenizer)
+    end = training_text(prepared.folder, 1000, tokenizer)
+    assert len(whole) > 100_000 and 500 < len(end) <= 1000 and whole.endswith(end)
 
 
 def test_compressors_get_the_same_bytes_and_priming_helps_them():

@@ -29,7 +29,7 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory, worker_id: str) ->
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """`fails("prep", path, ...)`: the command ends with exit code 2 and one message without traceback, which is returned."""
+    """`fails("prep", path, ...)`: the command ends with exit code 2 and one message, no traceback; the message."""
 
     def run(*arguments: object) -> str:
         code = main([str(argument) for argument in arguments])
@@ -55,7 +55,7 @@ def write_jsonl(path: Path, texts: Iterable[str], **columns: list) -> Path:
 
 
 def read_documents(folder: Path, split: str) -> list[str]:
-    """The documents of a split as text, out of its blocks; without the last ones, which may lie in the remainder."""
+    """The documents of a split as text, out of its blocks; without those in the remainder."""
     blocks, documents, backend = Blocks(folder, split), DocumentMap(folder, split), load_backend(folder / "tokenizer")
     if blocks.num_blocks == 0:
         return []

@@ -23,7 +23,7 @@ from data_prep.manifest import load_manifest
 def corpus(tmp_path: Path) -> Path:
     """Twelve files of records, so twelve units."""
     rng = random.Random(3)
-    words = "the river carries letters and a map of the old town 東京 naïve".split()
+    words = ["the", "river", "carries", "letters", "and", "a", "map", "of", "old", "town", "東京", "naïve"]
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(12):
@@ -197,7 +197,8 @@ def test_a_full_disk_is_one_sentence_and_finished_units_stay(tmp_path, corpus, s
     # A limit on the size of a file is the full disk that a test can have: the first unit fits, the second does not.
     limited = (
         "import resource, runpy, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); runpy.run_module('data_prep', run_name='__main__')"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000));"
+        "runpy.run_module('data_prep', run_name='__main__')"
     )
     for num_proc in (1, 2):
         result = run_cli(["-c", limited, *arguments(corpus, small_tokenizer, out, "--num-proc", num_proc)])
@@ -220,8 +221,8 @@ def test_no_room_is_recognised_by_its_number(tmp_path, corpus, small_tokenizer, 
 
 
 def _jobs(corpus: Path, tokenizer: Path, work: Path) -> list:
+    from data_prep.jobs import make_jobs, make_stream
     from data_prep.plan import Options, make_plan
-    from data_prep.prep import make_jobs, make_stream
     from data_prep.tokenizer_folder import describe_tokenizer
 
     plan = make_plan(Options((str(corpus),), tokenizer=str(tokenizer), block_size=16, out=str(work.parent)))

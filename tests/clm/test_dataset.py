@@ -1,0 +1,103 @@
+"""Blocks become micro-batches exactly: every position has its next token as target, no padding, no second shift."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from clm.dataset import PermutedTargets, TrainBlocks, ValidationRows, as_batch, collate
+from clm.order import Order, OrderSource
+from data_prep.blocks import Blocks
+
+
+@pytest.fixture
+def train(prepared) -> Blocks:
+    return Blocks(prepared.folder, "train")
+
+
+def dataset(train: Blocks, block_size: int, shuffle: bool = True) -> TrainBlocks:
+    order = Order([OrderSource(train.num_blocks, Fraction(1))], 1, shuffle)
+    return TrainBlocks([train], order, block_size, train.num_blocks)
+
+
+@pytest.mark.parametrize("block_size", [64, 32, 16])
+def test_rows_in_written_order_are_the_token_stream_and_targets_the_stream_one_later(train, block_size):
+    stream = train.shard_tokens(0).astype(np.int64)
+    inputs, targets = dataset(train, block_size, shuffle=False).__getitems__(list(range(train.num_blocks)))
+    assert inputs.shape == (train.num_tokens // block_size, block_size)
+    assert np.array_equal(inputs.reshape(-1), stream)
+    assert np.array_equal(targets.reshape(-1)[:-1], stream[1:]), "the last position of each row is trained"
+    assert targets.reshape(-1)[-1] == -100, "only the last token of the shard has no next one"
+
+
+def test_a_pass_in_shuffled_order_has_every_token_once(train):
+    inputs, _ = dataset(train, 32).__getitems__(list(range(train.num_blocks)))
+    stream = train.shard_tokens(0).reshape(-1, 32)
+    assert sorted(map(bytes, inputs.astype(np.uint16))) == sorted(map(bytes, stream))
+    assert not np.array_equal(inputs, stream)
+
+
+def test_a_batch_gives_the_loss_by_hand_and_is_shifted_once(train):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            initializer_range=0.3,
+        )
+    )
+    batch = collate(dataset(train, 32, shuffle=False).__getitems__([train.num_blocks - 2, train.num_blocks - 1]))
+    logits = model(batch["input_ids"]).logits.detach().double().numpy()
+    nll, count = 0.0, 0
+    stream = train.shard_tokens(0)[-128:]
+    for row in range(4):
+        for t in range(32):
+            position = row * 32 + t
+            if position == 127:
+                continue
+            z = logits[row, t]
+            nll += np.log(np.exp(z - z.max()).sum()) + z.max() - z[stream[position + 1]]
+            count += 1
+    assert model(**batch).loss.item() == pytest.approx(nll / count, abs=1e-5)
+    assert count == 127
+
+
+def test_samples_of_two_datasets_come_from_the_right_one(train):
+    order = Order([OrderSource(train.num_blocks, Fraction(1, 2))] * 2, 1)
+    both = TrainBlocks([train, train], order, 64, 100)
+    which, block = order.block_at(np.arange(40))
+    inputs, _ = both.__getitems__(list(range(40)))
+    assert set(which) == {0, 1}
+    assert np.array_equal(inputs, train.read(block)[:, :-1])
+
+
+def test_permuted_targets_are_the_corpus_in_another_order(train):
+    targets = PermutedTargets(train, 5).targets(np.arange(train.num_blocks)).reshape(-1)
+    stream = train.shard_tokens(0)
+    assert np.array_equal(np.bincount(targets, minlength=384), np.bincount(stream, minlength=384))
+    assert np.mean(targets[:-1] == stream[1:]) < 0.1
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 100])
+def test_validation_rows_are_a_prefix_and_what_lies_beyond_has_no_target(prepared, count):
+    blocks = Blocks(prepared.folder, "validation")
+    rows = ValidationRows("v", blocks, 16, max_tokens=16 * 21)
+    assert rows.num_rows == 21
+    read = [rows.read(first, count) for first in range(0, 21, count)]
+    inputs = np.concatenate([r[0] for r in read])[:21]
+    targets = np.concatenate([r[1] for r in read])
+    stream = blocks.shard_tokens(0)
+    assert np.array_equal(inputs.reshape(-1), stream[: 16 * 21])
+    assert np.array_equal(targets[:21].reshape(-1), stream[1 : 16 * 21 + 1])
+    assert (targets[21:] == -100).all()
+
+
+def test_labels_are_the_inputs_themselves_not_a_copy():
+    batch = as_batch(np.zeros((1, 4), dtype=np.int64), np.zeros((1, 4), dtype=np.int64))
+    assert batch["labels"] is batch["input_ids"]
