@@ -76,7 +76,8 @@ def make_arguments(plan: Plan) -> Any:
     if args.world_size != plan.num_processes:
         raise UserError(
             f"{plan.num_processes} processes were launched but {args.world_size} take part in this run. It would not "
-            "be the run that was asked for. On a machine without GPUs use torchrun --nproc_per_node N run_clm.py <recipe>."
+            "be the run that was asked for. On a machine without GPUs use torchrun --nproc_per_node N run_clm.py "
+            "<recipe>."
         )
     if args.n_gpu > 1:
         args._n_gpu = 1  # Trainer would use DataParallel, which is slower than one GPU used well

@@ -99,7 +99,8 @@ def check_model(
         problems.add(
             "model.config" if section.init == "random" else "model.init",
             f"is {source} with vocab_size {rows} but the tokenizer of {dataset} has {size} tokens. Ids above "
-            f"{rows - 1} would have no embedding. Set vocab_size to {size}, or prepare the data with the model's own tokenizer.",
+            f"{rows - 1} would have no embedding. Set vocab_size to {size}, or prepare the data with the model's own "
+            "tokenizer.",
         )
     elif section.init == "random" and rows - size >= MAX_VOCABULARY_PADDING:
         problems.add(

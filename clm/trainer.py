@@ -191,8 +191,8 @@ class ClmTrainer(Trainer):
             if not math.isfinite(record["loss"]):
                 raise UserError(
                     f"{self.run_folder}: the loss is {record['loss']} at step {record['step']:,}. Training on would "
-                    "save broken weights. Lower training.learning_rate or lengthen training.warmup_steps, and give the run "
-                    "another training.run_name; checkpoints up to here are kept."
+                    "save broken weights. Lower training.learning_rate or lengthen training.warmup_steps, and give the "
+                    "run another training.run_name; checkpoints up to here are kept."
                 )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -313,12 +313,14 @@ def check_saved_weights(folder: Path, num_parameters: int) -> None:
 def raise_if_disk_full(error: Exception, path: Path, need_bytes: int) -> None:
     """Turn the many ways in which writers say ENOSPC into one sentence; other errors are left to the caller."""
     existing = next(p for p in path.absolute().parents if p.exists())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    # torch.save and safetensors drop errno; a disk without room for what was being written is the cause
-    if not full and isinstance(error, OSError | RuntimeError) and shutil.disk_usage(existing).free < need_bytes // 4:
-        full = True
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # torch.save and safetensors drop errno: what they say instead, or a disk without room for what was being written
+    texts = ("No space left", "Disk quota", "File too large", "unexpected pos", "file write failed", "iostream error")
+    full = full or any(text in str(error) for text in texts)
+    full = full or (isinstance(error, OSError | RuntimeError) and shutil.disk_usage(existing).free < need_bytes // 4)
     if full:
         raise UserError(
-            f"{path}: the disk is full. The checkpoint was not written; complete ones are untouched. "
-            "Free space, lower training.save_total_limit or set RUNS_DIR to another disk, then type the same command."
+            f"{path}: cannot be written, the disk is full (or a quota or file size limit is reached). Complete "
+            "checkpoints are untouched. Free space, lower training.save_total_limit or set RUNS_DIR to another disk, "
+            "then type the same command: it continues from the newest checkpoint."
         ) from None

@@ -22,7 +22,7 @@ def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_give_the_losses_of_one_and_resume_as_one(train, recipe):
     quiet = quiet_config(recipe)
     one = train(quiet, "data.tokens=5120", name="one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch(*torchrun, "run_clm.py", str(recipe), quiet, "data.tokens=5120", "training.run_name=two")
     assert done.returncode == 0, done.stderr
     two = one.with_name("two")
