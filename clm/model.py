@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clm.order import derive_key
 from clm.problems import Problems
-from clm.recipe import ModelSection
+from clm.recipe import ModelSection, SampleSettings
 from data_prep.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -75,6 +75,21 @@ def load_checkpoint_config(init: str) -> PretrainedConfig:
             f"model.init is {init!r}, which cannot be loaded: {str(error).splitlines()[0]} Name a folder with "
             "config.json and model.safetensors, or a Hub id that this machine can reach (gated models: hf auth login)."
         ) from None
+
+
+def check_samples(
+    settings: SampleSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, problems: Problems
+) -> None:
+    """Prompts and what is generated after them must fit the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    for prompt in settings.prompts:
+        length = len(tokenizer(prompt)["input_ids"])
+        if positions is not None and length + settings.max_new_tokens > positions:
+            problems.add(
+                "run.samples",
+                f"has the prompt {prompt[:40]!r} of {length} tokens and max_new_tokens {settings.max_new_tokens}, "
+                f"together more than the model's {positions} positions. Shorten one of them.",
+            )
 
 
 def check_model(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clm.arguments import DEFAULTS, check_training, scheduler_kwargs
 from clm.dataset import ValidationRows
 from clm.inputs import CatalogueSplit, load_model_config, load_tokenizer, open_mixture, open_validation
-from clm.model import check_model, choose_attention, count_parameters
+from clm.model import check_model, check_samples, choose_attention, count_parameters
 from clm.order import Order, OrderSource
 from clm.recipe import Recipe
 from data_prep.blocks import Blocks
@@ -116,6 +116,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     tokenizer = load_tokenizer(splits)
     if config is not None and tokenizer is not None:
         check_model(recipe.model, config, tokenizer, str(splits[0].folder), recipe.data.block_size, problems)
+        check_samples(recipe.run.samples, config, tokenizer, problems)
     validation = open_validation(recipe, splits, training, unchecked if dry_run else None)
     accumulation = _check_batch(recipe, training, splits, num_processes)
     precision, why_precision = _choose_precision(training, problems)

@@ -73,6 +73,11 @@ def test_steps_and_accumulation_follow_from_tokens(plan_of):
         (["data.mixture=[{dataset: nope}]"], 1, ["data/nope does not exist", "make prep"]),
         (["data.validation=[{dataset: nope}]"], 1, ["data.validation[0] cannot be used", "nope"]),
         (["training.bf16=true", "training.fp16=true"], 1, ["training.fp16"]),
+        (
+            ["run.samples={prompts: [The river], max_new_tokens: 64}"],
+            1,
+            ["has the prompt 'The river'", "64 pos"],
+        ),
         (["model.attention=flash_attention_2"], 1, ["there is no CUDA GPU"]),
         (["training.lr_scheduler_type=warmup_stable_decay"], 1, ["num_decay_steps", "is missing"]),
     ],
