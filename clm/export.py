@@ -34,6 +34,7 @@ def export_model(run: Path, checkpoint: int | None, what: str, out: Path | None,
         UserError: `out` is not empty, or the exported model computes something else.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = model_folder(run, checkpoint)
@@ -47,6 +48,7 @@ def export_model(run: Path, checkpoint: int | None, what: str, out: Path | None,
                 f"--out is {folder}, which exists and is not empty. Nothing is overwritten. "
                 f"Name another folder, or: rm -r {folder}"
             )
+    transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run, source), local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), local_files_only=True).eval()
     for kind, folder in folders.items():

@@ -109,6 +109,7 @@ def check_tokenizer(final: Path, dataset: Path) -> list[str]:
 def reload_run(name: str) -> int:
     """`python -m clm reload`: print both losses and their difference; the exit code is 1 when they differ."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM
 
     run = find_run(name)
@@ -124,6 +125,7 @@ def reload_run(name: str) -> int:
         )
     final = model_folder(run)
     precision = resolved.get("precision", "fp32")
+    transformers.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32, local_files_only=True).eval().to(device)
 

@@ -93,8 +93,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def load_model(run: Path, checkpoint: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a run in fp32 on the best device, and its tokenizer."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    transformers.logging.disable_progress_bar()
     folder = model_folder(run, checkpoint)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run, folder), local_files_only=True)

@@ -20,7 +20,7 @@ from clm import recipe as recipe_module
 from clm.arguments import DEFAULTS, DERIVED, check_training
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[a-z]*/README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 NOT_KEYS = {"model.safetensors"}  # a file
 
@@ -55,7 +55,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("recipes", "model_configs", "run_clm.py"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "notes").mkdir()
-    for path in [*ROOT.glob("*/*.py"), *ROOT.glob("tests/*/*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.md")]:
+    for path in [*ROOT.glob("[a-z]*/*.py"), *ROOT.glob("tests/*/*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.md")]:
         if path.stat().st_size:
             shutil.copy(path, folder / "notes" / "-".join(path.relative_to(ROOT).parts))
     return folder
