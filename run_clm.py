@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     from clm.trainer import ClmTrainer
 
     args.eval_on_start = bool(plan.validation) and checkpoint is None
-    trainer = ClmTrainer(plan, model, args)
+    trainer = ClmTrainer(plan, model, args, facts.get("pending_loss"))
     trainer.progress.seconds_before = facts.get("time_s", 0.0)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

@@ -7,8 +7,10 @@ every file), is flushed to disk and renamed to `checkpoint-<step>`: a folder of 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +161,39 @@ def flush_files(folder: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     flush_folder(folder)
+
+
+def check_saved_weights(folder: Path, num_parameters: int) -> None:
+    """Every parameter is in the saved files, none is empty (ZeRO stage 3 can write empty ones).
+
+    Raises:
+        RuntimeError: the number of saved weights is not the model's.
+    """
+    from safetensors import safe_open
+
+    saved = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names = weights.keys()
+            saved += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    if saved != num_parameters:
+        raise RuntimeError(f"{folder} holds {saved:,} weights but the model has {num_parameters:,}")
+
+
+def raise_if_disk_full(error: Exception, path: Path, need_bytes: int) -> None:
+    """Turn the many ways in which writers say ENOSPC into one sentence; other errors are left to the caller."""
+    existing = next(p for p in path.absolute().parents if p.exists())
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # torch.save and safetensors drop errno: what they say instead, or a disk without room for what was being written
+    texts = ("No space left", "Disk quota", "File too large", "unexpected pos", "file write failed", "iostream error")
+    full = full or any(text in str(error) for text in texts)
+    full = full or (isinstance(error, OSError | RuntimeError) and shutil.disk_usage(existing).free < need_bytes // 4)
+    if full:
+        raise UserError(
+            f"{path}: cannot be written, the disk is full (or a quota or file size limit is reached). Complete "
+            "checkpoints are untouched. Free space, lower training.save_total_limit or set RUNS_DIR to another disk, "
+            "then type the same command: it continues from the newest checkpoint."
+        ) from None
 
 
 def _make_readable(files: list[Path]) -> None:

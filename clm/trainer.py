@@ -5,12 +5,11 @@ Everything else is stock: the training loop, the loss, mixed precision, DDP and 
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -26,6 +25,13 @@ from data_prep.errors import UserError
 from data_prep.token_bytes import token_byte_lengths
 
 
+class PendingLoss(TypedDict):
+    """The loss summed since the last log point, which is part of a checkpoint that lies between two log points."""
+
+    since_step: int
+    summed_loss: float
+
+
 class ClmTrainer(Trainer):
     """Trainer for causal language models on prepared blocks.
 
@@ -33,9 +39,16 @@ class ClmTrainer(Trainer):
         plan: the resolved run.
         model: fp32 model on the CPU.
         args: TrainingArguments made from the plan.
+        pending_loss: of the checkpoint that is resumed.
     """
 
-    def __init__(self, plan: Plan, model: torch.nn.Module, args: TrainingArguments):
+    def __init__(
+        self,
+        plan: Plan,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        pending_loss: PendingLoss | None = None,
+    ):
         self.plan = plan
         self.run_folder = plan.run_folder
         self.token_bytes = token_byte_lengths(plan.tokenizer)
@@ -58,7 +71,7 @@ class ClmTrainer(Trainer):
             train_dataset=train,
             eval_dataset=plan.validation or None,
             processing_class=plan.tokenizer,
-            callbacks=[self.progress, ArgumentsWin()],
+            callbacks=[self.progress, RunFlow(pending_loss, self)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -195,6 +208,11 @@ class ClmTrainer(Trainer):
                     "run another training.run_name; checkpoints up to here are kept."
                 )
 
+    def restore_pending_loss(self, pending: PendingLoss) -> None:
+        """Go on with the mean that was being built: stock forgets it, and the first logged loss covers fewer steps."""
+        self._tr_loss += pending["summed_loss"]
+        self._globalstep_last_logged = pending["since_step"]
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -210,14 +228,15 @@ class ClmTrainer(Trainer):
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+            facts = self._checkpoint_facts()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                ckpt.publish_checkpoint(temporary, self._checkpoint_facts())
+                ckpt.publish_checkpoint(temporary, facts)
                 ckpt.rotate_checkpoints(self.run_folder, self.args.save_total_limit)
         except Exception as error:
             shutil.rmtree(temporary.parent, ignore_errors=True)
-            raise_if_disk_full(error, temporary, self.plan.checkpoint_bytes)
+            ckpt.raise_if_disk_full(error, temporary, self.plan.checkpoint_bytes)
             raise
         finally:
             self._is_saving = False
@@ -226,12 +245,14 @@ class ClmTrainer(Trainer):
             self._push_checkpoint(self.run_folder / name)
 
     def _checkpoint_facts(self) -> dict[str, Any]:
+        summed_loss = self.accelerator.gather(self._tr_loss).mean().item()
         return {
             "step": self.state.global_step,
             "tokens": self.num_tokens,
             "time_s": self.progress.seconds,
             "order_version": ORDER_VERSION,
             "num_processes": self.args.world_size,
+            "pending_loss": PendingLoss(since_step=self._globalstep_last_logged, summed_loss=summed_loss),
             "datasets": {item.dataset: s.manifest.fingerprint for item, s in self._mixture()},
         }
 
@@ -246,7 +267,7 @@ class ClmTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 (temporary / "training_args.bin").unlink(missing_ok=True)
-                check_saved_weights(temporary, self.plan.num_parameters)
+                ckpt.check_saved_weights(temporary, self.plan.num_parameters)
                 from clm.card import write_card
 
                 write_card(self.run_folder, temporary)
@@ -254,7 +275,7 @@ class ClmTrainer(Trainer):
                 os.rename(temporary, final)
                 ckpt.flush_folder(self.run_folder)
         except Exception as error:
-            raise_if_disk_full(error, temporary, self.plan.checkpoint_bytes)
+            ckpt.raise_if_disk_full(error, temporary, self.plan.checkpoint_bytes)
             raise
         self.accelerator.wait_for_everyone()
         return final
@@ -287,40 +308,24 @@ class ClmTrainer(Trainer):
             log.warning("The push of %s failed, training goes on: %s", folder, error)
 
 
-class ArgumentsWin(TrainerCallback):
-    """On resume stock takes save_steps and logging_steps from the checkpoint; here the recipe's present values hold."""
+class RunFlow(TrainerCallback):
+    """When to log, evaluate and save, where stock decides otherwise.
+
+    On resume stock takes save_steps and logging_steps from the checkpoint; here the recipe's present values hold. The
+    last step is always logged, evaluated and saved.
+    """
+
+    def __init__(self, pending_loss: PendingLoss | None, trainer: ClmTrainer):
+        self.pending_loss = pending_loss
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
+        if self.pending_loss is not None:
+            self.trainer.restore_pending_loss(self.pending_loss)
 
-
-def check_saved_weights(folder: Path, num_parameters: int) -> None:
-    """Every parameter is in the saved files, none is empty (ZeRO stage 3 can write empty ones).
-
-    Raises:
-        RuntimeError: the number of saved weights is not the model's.
-    """
-    from safetensors import safe_open
-
-    saved = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            saved += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    if saved != num_parameters:
-        raise RuntimeError(f"{folder} holds {saved:,} weights but the model has {num_parameters:,}")
-
-
-def raise_if_disk_full(error: Exception, path: Path, need_bytes: int) -> None:
-    """Turn the many ways in which writers say ENOSPC into one sentence; other errors are left to the caller."""
-    existing = next(p for p in path.absolute().parents if p.exists())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # torch.save and safetensors drop errno: what they say instead, or a disk without room for what was being written
-    texts = ("No space left", "Disk quota", "File too large", "unexpected pos", "file write failed", "iostream error")
-    full = full or any(text in str(error) for text in texts)
-    full = full or (isinstance(error, OSError | RuntimeError) and shutil.disk_usage(existing).free < need_bytes // 4)
-    if full:
-        raise UserError(
-            f"{path}: cannot be written, the disk is full (or a quota or file size limit is reached). Complete "
-            "checkpoints are untouched. Free space, lower training.save_total_limit or set RUNS_DIR to another disk, "
-            "then type the same command: it continues from the newest checkpoint."
-        ) from None
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = args.save_strategy != "no"

@@ -62,6 +62,17 @@ def test_a_killed_run_ends_with_the_losses_and_weights_of_an_uninterrupted_one(t
     assert times == sorted(times), "training time goes on over a resume"
 
 
+def test_a_checkpoint_between_two_log_points_keeps_the_mean_that_was_being_built(train):
+    straight = train("training.logging_steps=4", name="straight")
+    run = train("training.logging_steps=4", "training.save_total_limit=9", name="resumed")
+    (run / "final").rename(run / "gone")
+    for step in (10, 20):
+        (run / f"checkpoint-{step}").rename(run / f"gone-{step}")
+    train("training.logging_steps=4", name="resumed")  # from step 15, three steps after the log point of step 12
+    assert losses(run) == losses(straight)
+    assert sorted(losses(run)) == [4, 8, 12, 16, 20]
+
+
 def test_a_run_killed_before_final_is_written_needs_no_training(train):
     run = train()
     before = weights(run)
