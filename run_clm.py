@@ -114,11 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
         log.info("final model: %s   curve: %s", final, run / "curve.svg")
-        if args.push_to_hub:
-            from clm.push import push_folder
-
-            url = push_folder(final, trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
-            log.info("pushed to %s", url)
+    trainer.push_final(final)
 
 
 def cli() -> None:

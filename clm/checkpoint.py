@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.manifest import sha256_of
 
 MANIFEST = "checkpoint.json"
 SAVING = ".saving"
@@ -80,7 +81,7 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes instead of {facts['num_bytes']:,}"
     with ThreadPoolExecutor() as pool:
         for (name, facts), digest in zip(
-            files.items(), pool.map(lambda n: _sha256(checkpoint / n), files), strict=True
+            files.items(), pool.map(lambda n: sha256_of(checkpoint / n), files), strict=True
         ):
             if digest != facts["sha256"]:
                 return f"{name} has changed since it was written (SHA-256)"
@@ -207,9 +208,4 @@ def _make_readable(files: list[Path]) -> None:
 def _hash_and_flush(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from clm.recipe import Recipe
 from data_prep.blocks import Blocks
 from data_prep.catalog import entry_names, load_entry
 from data_prep.errors import UserError
+from data_prep.manifest import sha256_of
 from data_prep.paths import dataset_folder
 
 if TYPE_CHECKING:
@@ -63,7 +64,13 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
                 key, f"is {item.dataset}, which has no whole block to train on. Add text or use a smaller block_size."
             )
             continue
+        try:
+            split.check_files()
+        except UserError as error:
+            problems.add(key, f"cannot be used: {error}")
         first = next((s for s in splits if isinstance(s, Blocks)), split)
+        if not splits:
+            _check_recipes_tokenizer(recipe, split)
         if split.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
             problems.add(
                 key,
@@ -77,6 +84,27 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
             )
         splits.append(split)
     return splits
+
+
+def _check_recipes_tokenizer(recipe: Recipe, split: Blocks) -> None:
+    """`data.tokenizer` is what prep uses; data that was prepared with another one is not what the recipe says."""
+    wanted, source = recipe.data.tokenizer, split.manifest.tokenizer.source
+    if wanted is None:
+        return
+    if wanted.startswith("train:"):
+        size = int(wanted.partition(":")[2])
+        # one that was trained before, or for another dataset of the recipe, is named by its folder
+        is_same = source == {"train": size} or ("path" in source and split.manifest.tokenizer.vocab_size == size)
+    else:
+        file = Path(wanted) / "tokenizer.json"
+        is_same = source.get("id") == wanted or (file.is_file() and source.get("sha256") == sha256_of(file))
+    if not is_same:
+        made_with = source.get("id") or source.get("path") or f"{{train: {source.get('train')}}}"
+        recipe.problems.add(
+            "data.tokenizer",
+            f"is {wanted} but {split.folder} was prepared with {made_with}, which the model would see. "
+            f"Set data.tokenizer to that, or prepare the data with {wanted} into another folder.",
+        )
 
 
 def _from_catalogue(name: str, block_size: int) -> CatalogueSplit | None:

@@ -37,6 +37,33 @@ def push_folder(
     Raises:
         UserError: with what to do about it. The message never contains the token.
     """
+    from huggingface_hub import HfApi, constants
+
+    repo = create_repository(repo_id, private, token)
+    api = HfApi(token=token)
+    try:
+        if revision and revision != constants.DEFAULT_REVISION:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            revision=revision,
+            commit_message=commit_message,
+            ignore_patterns=ignore_patterns,
+        )
+    except Exception as error:
+        raise_explained(error, repo_id, api.endpoint)
+        raise
+    return commit.commit_url
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository if it does not exist, and return its full id: what a push needs, found out before it.
+
+    Raises:
+        UserError: offline, no network, no token, one that may not write there, or a name that the Hub does not take.
+    """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
 
@@ -52,25 +79,21 @@ def push_folder(
         )
     api = HfApi(token=token)
     try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision and revision != constants.DEFAULT_REVISION:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            revision=revision,
-            commit_message=commit_message,
-            ignore_patterns=ignore_patterns,
-        )
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except HFValidationError as error:
-        raise UserError(f"--repo-id is {repo_id!r}, which the Hub does not take: {error}. Write user/name.") from None
+        raise UserError(
+            f"The repository id is {repo_id!r}, which the Hub does not take: {error}. Write user/name."
+        ) from None
     except Exception as error:
-        message = _explain(error, repo_id, api.endpoint)
-        if message is None:
-            raise
+        raise_explained(error, repo_id, api.endpoint)
+        raise
+
+
+def raise_explained(error: Exception, repo_id: str, endpoint: str) -> None:
+    """Raise a UserError that says what a failed request means; return where it is not the Hub's or the network's."""
+    message = _explain(error, repo_id, endpoint)
+    if message is not None:
         raise UserError(message) from error
-    return commit.commit_url
 
 
 def _explain(error: BaseException, repo_id: str, endpoint: str) -> str | None:

@@ -9,10 +9,10 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from clm import checkpoint as ckpt
@@ -21,15 +21,9 @@ from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.metrics import JsonLines, Progress, log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
+from clm.run_flow import PendingLoss, RunFlow
 from data_prep.errors import UserError
 from data_prep.token_bytes import token_byte_lengths
-
-
-class PendingLoss(TypedDict):
-    """The loss summed since the last log point, which is part of a checkpoint that lies between two log points."""
-
-    since_step: int
-    summed_loss: float
 
 
 class ClmTrainer(Trainer):
@@ -282,6 +276,14 @@ class ClmTrainer(Trainer):
 
     # --- Hub --------------------------------------------------------------------------------------------------------
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Stock makes the repository when training begins; here what is in the way is said in one sentence."""
+        from clm.push import create_repository
+
+        if self.is_world_process_zero():
+            repo_id = self.args.hub_model_id or self.plan.recipe.name
+            self.hub_model_id = create_repository(repo_id, self.args.hub_private_repo if private is None else private)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Stock pushes from the folder in the making; `_push_checkpoint` pushes the finished one."""
 
@@ -307,25 +309,16 @@ class ClmTrainer(Trainer):
         except UserError as error:
             log.warning("The push of %s failed, training goes on: %s", folder, error)
 
+    def push_final(self, final: Path) -> None:
+        """Push final/ where the recipe asks for it; the model is safe on the disk whatever happens here."""
+        from clm.push import push_folder
 
-class RunFlow(TrainerCallback):
-    """When to log, evaluate and save, where stock decides otherwise.
-
-    On resume stock takes save_steps and logging_steps from the checkpoint; here the recipe's present values hold. The
-    last step is always logged, evaluated and saved.
-    """
-
-    def __init__(self, pending_loss: PendingLoss | None, trainer: ClmTrainer):
-        self.pending_loss = pending_loss
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps)
-        if self.pending_loss is not None:
-            self.trainer.restore_pending_loss(self.pending_loss)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
-            control.should_save = args.save_strategy != "no"
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        try:
+            url = push_folder(
+                final, self.hub_model_id, private=self.args.hub_private_repo, revision=self.args.hub_revision
+            )
+            log.info("pushed to %s", url)
+        except UserError as error:
+            log.warning("The push failed: %s\nPush it later: make push RUN=%s", error, self.plan.recipe.name)

@@ -20,8 +20,7 @@ import pyarrow as pa
 from data_prep.documents import ROWS_PER_BATCH, map_path, map_schema
 from data_prep.encode import rows_path, run_path
 from data_prep.ledger import TRAIN, VALIDATION
-from data_prep.manifest import ShardInfo
-from data_prep.tokenizer_folder import sha256_of
+from data_prep.manifest import ShardInfo, sha256_of
 
 SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large enough to be few
 

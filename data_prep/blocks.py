@@ -55,6 +55,22 @@ class Blocks:
         shard = np.searchsorted(self.shard_starts, blocks, side="right") - 1
         return shard, blocks - self.shard_starts[shard]
 
+    def check_files(self) -> None:
+        """Every shard is there with its size; says nothing about its bytes, which `data_prep check` reads.
+
+        Raises:
+            UserError: names the first file that is missing or has another size.
+        """
+        for shard in self._shards:
+            path = self.folder / shard.file
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.num_bytes:
+                what = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard.num_bytes:,}"
+                raise UserError(
+                    f"{path} {what}. `make check DATASET={self.folder}` names every damaged file; then prepare the "
+                    "dataset again."
+                )
+
     def shard_tokens(self, shard: int) -> np.ndarray:
         """The consecutive tokens of one shard: a read-only 1-D view of the memory map, dtype `self.dtype`."""
         if shard not in self._open:

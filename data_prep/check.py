@@ -13,8 +13,8 @@ from data_prep.blocks import Blocks
 from data_prep.documents import DocumentMap, map_path
 from data_prep.errors import UserError
 from data_prep.ledger import find_imbalances
-from data_prep.manifest import Manifest, content_fingerprint, load_manifest
-from data_prep.tokenizer_folder import describe_tokenizer, sha256_of
+from data_prep.manifest import Manifest, content_fingerprint, load_manifest, sha256_of
+from data_prep.tokenizer_folder import describe_tokenizer
 
 
 def check_dataset(folder: Path) -> Manifest:

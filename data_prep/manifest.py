@@ -155,6 +155,12 @@ def prep_command(folder: str | Path) -> str:
     return f"make prep DATASET=<name or path of the text> OUT={shlex.quote(str(folder))}"
 
 
+def sha256_of(path: Path) -> str:
+    """The sha256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 where every id fits (vocabulary <= 65,536), else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.manifest import sha256_of
 from data_prep.paths import data_dir, dataset_folder
 from data_prep.sizes import parse_count
 from data_prep.sources import Source, SourceFile, list_local_files, parse_sources
-from data_prep.tokenizer_folder import sha256_of
 
 BYTES_PER_TOKEN = 4  # of English under a vocabulary of 32k to 50k; only for estimates
 COMPRESSION = 2.5  # text bytes per byte of a compressed file; only for estimates

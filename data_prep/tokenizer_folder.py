@@ -4,13 +4,12 @@ In: a Hub id or a folder. Out: the same tokenizer saved as `data/<dataset>/token
 of it.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
-from data_prep.manifest import TokenizerInfo
+from data_prep.manifest import TokenizerInfo, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -116,12 +115,6 @@ def describe_tokenizer(folder: Path, source: Any) -> TokenizerInfo:
         is_bos_written=_writes_bos(backend, ids["bos_token"], source),
         source=source,
     )
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _writes_bos(backend: "Tokenizer", bos_token_id: int | None, source: Any) -> bool:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_configs"
 NUM_PARAMETERS = {
-    "llama_demo": 3_410_176,
+    "llama_demo": 1_311_872,
     "llama_20m": 20_453_760,
     "llama_170m": 179_448_576,
     "llama_437m": 437_584_896,

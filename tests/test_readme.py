@@ -6,6 +6,7 @@ A command that is new in README.md fails here until CHECKS says how it is run.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from make_here import make
 
 from clm import recipe as recipe_module
 from clm.arguments import DEFAULTS, DERIVED, check_training
+from clm.model import count_parameters, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("[a-z]*/README.md"))]
@@ -104,7 +106,7 @@ def check_demo(here: Here, command: str) -> None:
 
 def check_test(here: Here, command: str) -> None:
     done = make("--dry-run", "test", marks=here.tmp_path, env={})
-    assert done.stdout.splitlines()[-1].split() == [sys.executable, "-m", "pytest", "-n", "2"]  # it runs this
+    assert done.stdout.splitlines()[-1].strip() == f"{sys.executable} -m pytest -n 2"  # it runs this
 
 
 def check_fineweb(here: Here, command: str) -> None:
@@ -181,6 +183,27 @@ def test_every_command_of_the_readme_does_what_it_says(run_cli, elsewhere, tmp_p
         folder = tmp_path / str(number)
         folder.mkdir()
         CHECKS[command](Here(run_cli, elsewhere, folder), command)
+
+
+def test_the_demo_of_the_readme_is_the_demo_of_the_recipe():
+    demo = recipe_module.load_recipe(ROOT / "recipes/demo.yaml")
+    num_steps = math.ceil(demo.data.tokens / demo.data.tokens_per_step)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| trained on | {demo.data.tokens:,} tokens, {num_steps:,} steps |" in readme
+    millions = count_parameters(load_config(str(ROOT / demo.model.config))) / 1e6
+    assert f"a Llama of {millions:.1f} M parameters on it" in readme
+
+
+def test_the_table_of_recipes_has_their_parameters_and_tokens(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in sorted(ROOT.glob("recipes/*.yaml")):
+        recipe = recipe_module.load_recipe(path)
+        row = next(line for line in (ROOT / "recipes/README.md").read_text().splitlines() if f"]({path.name})" in line)
+        _, parameters, tokens, *_ = [cell.strip() for cell in row.strip("|").split("|")]
+        if recipe.model.config:
+            assert parameters == f"{count_parameters(load_config(recipe.model.config)) / 1e6:.1f} M", row
+        size, unit = (recipe.data.tokens / 1e9, "B") if recipe.data.tokens >= 1e9 else (recipe.data.tokens / 1e6, "M")
+        assert tokens == f"{round(size, 1):g} {unit} of `{recipe.data.mixture[0].dataset}`", row
 
 
 # --- docs/ ------------------------------------------------------------------------------------------------------------

@@ -16,17 +16,20 @@ from pathlib import Path
 import pytest
 from make_here import make
 
+from clm.recipe import load_recipe
+
 from .conftest import losses, read_metrics
 
 ROOT = Path(__file__).parents[2]
-NUM_STEPS = 24  # of 4,096 tokens, with 8,192 validation tokens: half a minute. A checkpoint every 4, each step logged.
+RECIPE = load_recipe(ROOT / "recipes" / "demo.yaml").data
+NUM_STEPS = 60  # and few validation tokens: seconds instead of minutes. A checkpoint every 4 steps, each step logged.
 SHORT = [
-    f"data.tokens={NUM_STEPS * 4096}",
+    f"data.tokens={NUM_STEPS * RECIPE.tokens_per_step}",
     "data.validation=[{dataset: stdlib, tokens: 8192}]",
     "run.samples={}",
     "training.logging_steps=1",
     "training.save_steps=4",
-    "training.eval_steps=10",
+    "training.eval_steps=20",
 ]
 PREP = ["-m", "clm", "prep", "recipes/demo.yaml"]
 TRAIN = ["run_clm.py", "recipes/demo.yaml", *SHORT]
@@ -43,7 +46,7 @@ def test_make_demo_ends_with_a_model_that_has_learned_and_does_nothing_the_secon
     assert (run / "final" / "model.safetensors").is_file() and (run / "curve.svg").is_file()
     records = read_metrics(run)
     final = next(record for record in reversed(records) if "eval_loss" in record)
-    assert final["step"] == 400 and records[-1]["finished"]
+    assert final["tokens"] == RECIPE.tokens and records[-1]["finished"]
     stat = run_cli(["-m", "data_prep", "stat", "stdlib"], env=env).stdout
     entropy = float(re.search(r"unigram entropy of train: ([0-9.]+) nats", stat)[1])
     print(f"validation loss {final['eval_loss']:.4f}, unigram entropy {entropy:.4f}, {records[-1]['time_s']:.0f} s")

@@ -188,8 +188,34 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(train):
         train("training.learning_rate=1e38", "training.max_grad_norm=0", "training.warmup_steps=0")
 
 
-def test_tensorboard_and_wandb_offline_keep_one_run_over_a_resume(train, tmp_path):
+def test_tensorboard_and_wandb_offline_keep_one_run_over_a_resume(train):
     run = train("training.report_to=[tensorboard, wandb]", "data.tokens=5120")
     name = (run / "wandb_run_id").read_text()
-    assert list((run / "tensorboard").glob("events*"))
-    assert list((run / "wandb").glob(f"offline-run-*-{name}"))
+    (run / "final").rename(run / "gone")
+    (run / "checkpoint-10").rename(run / "gone-10")
+    train("training.report_to=[tensorboard, wandb]", "data.tokens=5120")
+    assert (run / "wandb_run_id").read_text() == name
+    assert len(list((run / "wandb").glob(f"offline-run-*-{name}"))) >= 1
+    assert {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")} == {name}
+    assert len(list((run / "tensorboard").glob("events*"))) == 2, "both parts lie in one folder: one curve"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_damaged_shard_is_named_before_the_training(train, recipe, prepared, tmp_path, damage):
+    import shutil
+
+    data = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
+    shard = data / "train" / "data-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-64]) if damage == "truncate" else shard.unlink()
+    with pytest.raises(UserError, match="data-00000.arrow .*make check"):
+        train(f"data.mixture=[{{dataset: {data}}}]")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_names_another_tokenizer_than_its_data_has_is_refused(train, prepared):
+    with pytest.raises(UserError, match="data.tokenizer is train:500 but .* was prepared with"):
+        train("data.tokenizer={train: 500}")
+    with pytest.raises(UserError, match="data.tokenizer is gpt2 but"):
+        train("data.tokenizer=gpt2")
+    train(f"data.tokenizer={prepared.tokenizer}", "data.tokens=512", name="a")
+    train("data.tokenizer={train: 384}", "data.tokens=512", name="b")
