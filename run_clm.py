@@ -12,10 +12,17 @@ import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from clm.recipe import load_recipe
 from clm.run_record import is_finished
 from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from clm.plan import Plan
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +42,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe; the value is YAML"
     )
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print everything, train nothing")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # options and overrides in any order
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 2. The launch: as many processes as were asked for, each on its device.
-    from clm.launch import check_launch, make_arguments, pick_checkpoint, prepare_loggers
+    from clm.launch import check_launch, hold_run, make_arguments
 
     num_processes = check_launch()
 
@@ -68,16 +75,24 @@ def main(argv: list[str] | None = None) -> None:
             print(describe_plan(plan))
         return
 
-    # 4. The run folder: it must be this recipe's, on this data.
-    from clm.metrics import cut_back, log, setup_logging
-    from clm.run_record import check_same_data, write_record
+    # 4. The run folder: it must be this recipe's, on this data, and no other process may be writing there.
+    from clm.run_record import check_same_data
 
     check_same_data(plan)
     args = make_arguments(plan)
+    with hold_run(plan.run_folder) if args.process_index == 0 else nullcontext():
+        train(plan, args)
+
+
+def train(plan: Plan, args: TrainingArguments) -> None:
+    """The second half: from the newest checkpoint, or from the beginning, to final/."""
+    from clm.launch import pick_checkpoint, prepare_loggers
+    from clm.metrics import cut_back, log, setup_logging
+    from clm.plan import describe_plan
+    from clm.run_record import write_record
+
     is_main = args.process_index == 0
     run = plan.run_folder
-    if is_main:
-        run.mkdir(parents=True, exist_ok=True)
     setup_logging(run if is_main else None, is_main)
     log.info("%s", describe_plan(plan))
 
@@ -92,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     # 6. The model and its first weights.
     from clm.model import build_model
 
-    model = build_model(recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed)
+    model = build_model(plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed)
 
     # 7. The training.
     from clm.trainer import ClmTrainer
@@ -105,14 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     # 8. The model in Hub format, its card, and the push if the recipe asks for one.
     final = trainer.save_final()
     if is_main:
-        trainer.metrics_file.write(
-            {
-                "step": plan.num_steps,
-                "tokens": plan.num_steps * plan.tokens_per_step,
-                "finished": True,
-                "time_s": trainer.progress.seconds,
-            }
-        )
+        record = {"step": plan.num_steps, "tokens": trainer.num_tokens, "finished": True}
+        trainer.metrics_file.write({**record, "time_s": trainer.progress.seconds})
         log.info("final model: %s   curve: %s", final, run / "curve.svg")
     trainer.push_final(final)
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", help="a YAML file, e.g. recipes/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for run_clm.py")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if not recipe.problems.messages and is_finished(recipe):
         print(f"{arguments.recipe}: this run is finished")

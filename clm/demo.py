@@ -36,13 +36,17 @@ def show_run(name: str) -> int:
             f"{run}: has not finished. The command that began it continues it: make demo, or make train RECIPE=..."
         )
     final = model_folder(run)
+    command = [sys.executable, "-m", "clm", "reload", str(run)]
+    proof = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # runs beside the rest
     print(_rule("Evaluation") + describe_evaluations(run))
     print(_rule("Three samples") + _three_samples(run))
     print(_rule("Yardstick") + describe_yardstick(run) + "\n")
-    print(_rule("Loaded again in a fresh process").rstrip("\n"), flush=True)
-    code = subprocess.run([sys.executable, "-m", "clm", "reload", str(run)], check=False).returncode
+    output, _ = proof.communicate()
+    print(_rule("Loaded again in a fresh process") + output)
     print(_rule("Next") + f"model  {final}\ncard   {final / 'README.md'}\ncurve  {draw_curve(run)}\n\n{NEXT_STEPS}")
-    return code
+    return proof.returncode
 
 
 def describe_evaluations(run: Path) -> str:

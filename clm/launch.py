@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from clm.metrics import log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
 from data_prep.errors import UserError
+from data_prep.lock import folder_lock
 
 
 def check_launch() -> int:
@@ -85,6 +87,15 @@ def make_arguments(plan: Plan) -> Any:
             "%s GPUs are visible, one is used: start with accelerate launch to use all.", torch.cuda.device_count()
         )
     return args
+
+
+def hold_run(run: Path) -> AbstractContextManager[None]:
+    """One training per run folder: a second one, or one whose launcher was killed and that lives on, is refused.
+
+    Raises:
+        UserError: names the process that trains there.
+    """
+    return folder_lock(run, "is training it", "training.run_name=... or RUNS_DIR")
 
 
 def pick_checkpoint(plan: Plan) -> tuple[Path | None, dict[str, Any]]:

@@ -24,11 +24,13 @@ TOP = """examples:
   python -m data_prep check stdlib                      recount everything from the files
 """
 PREP = """examples:
-python -m data_prep prep fineweb                      tokenizer and block size as its YAML says python -m data_prep prep
-fineweb:100K --out data/fineweb-small python -m data_prep prep books/ '*.jsonl.gz' --out data/mine --tokenizer gpt2
---block-size 1024 python -m data_prep prep tinystories wikitext103 --out data/both --tokenizer train:32000 --block-size
-1024 A document is a file (.txt .md .py) or a record (.jsonl .jsonl.gz .jsonl.zst .parquet). Killed or stopped, the same
-command continues; run again on the same input it does nothing.
+  python -m data_prep prep fineweb                      tokenizer and block size as its YAML says
+  python -m data_prep prep fineweb:100K --out data/fineweb-small
+  python -m data_prep prep books/ '*.jsonl.gz' --out data/mine --tokenizer gpt2 --block-size 1024
+  python -m data_prep prep tinystories wikitext103 --out data/both --tokenizer train:32000 --block-size 1024
+
+A document is a file (.txt .md .py) or a record (.jsonl .jsonl.gz .jsonl.zst .parquet).
+Killed or stopped, the same command continues; run again on the same input it does nothing.
 """
 
 

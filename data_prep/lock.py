@@ -1,4 +1,4 @@
-"""One preparation per folder: a lock that ends with its process, however that ends."""
+"""One writer per folder, of a dataset or of a run: a lock that ends with its process, however that ends."""
 
 import fcntl
 import os
@@ -12,11 +12,14 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, work: str, elsewhere: str) -> Iterator[None]:
     """Hold the folder's lock. The kernel frees it when the process dies, so a dead process never blocks the next.
 
+    Args:
+        work: what the holder does, for the message: "is preparing it".
+        elsewhere: how to name another folder, for the message: "OUT=...".
     Raises:
-        UserError: another process prepares this folder, or nothing can be written there.
+        UserError: another process works in this folder, or nothing can be written there.
     """
     path = folder / LOCK_NAME
     created = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -24,12 +27,14 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path)
     except BlockingIOError as error:
+        holder = _holder(path)
         raise UserError(
-            f"{folder}: process {_holder(path)} is preparing it. Wait for it, or give another folder with OUT=..."
+            f"{folder}: process {holder} {work}. Wait for it, stop it (kill {holder}), or give another folder with "
+            f"{elsewhere}."
         ) from error
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror}). Give another folder with OUT=... or DATA_DIR."
+            f"{folder}: cannot be written ({error.strerror}). Give another folder with {elsewhere}."
         ) from error
     try:
         yield

@@ -59,7 +59,7 @@ def prepare(options: Options) -> Manifest:
         manifest = load_manifest(plan.folder)
         print(f"{plan.folder}: complete, nothing to do ({manifest.num_train_tokens:,} train tokens).")
         return manifest
-    with folder_lock(plan.folder):
+    with folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR"):
         if is_complete(plan):  # another process finished it while we waited for nothing
             return load_manifest(plan.folder)
         try:

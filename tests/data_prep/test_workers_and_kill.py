@@ -149,7 +149,7 @@ def test_a_second_run_does_nothing_and_takes_a_moment(tmp_path, corpus, small_to
 
 def test_two_preps_into_one_folder_are_refused(tmp_path, corpus, small_tokenizer, fails):
     out = tmp_path / "out"
-    with folder_lock(out):
+    with folder_lock(out, "is preparing it", "OUT=..."):
         message = fails(*arguments(corpus, small_tokenizer, out))
         assert f"process {os.getpid()} is preparing it" in message
     assert not out.exists()

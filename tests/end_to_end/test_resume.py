@@ -140,6 +140,20 @@ def test_a_full_disk_keeps_the_complete_checkpoints_and_says_so(recipe, tmp_path
     assert list_checkpoints(run) == [] and not list(run.glob("checkpoint-*"))
 
 
+def test_a_second_training_of_one_run_is_refused_while_the_first_lives(train, recipe):
+    run = Path(os.environ["RUNS_DIR"]) / "tiny"
+    first = start(recipe, "training.run_name=tiny")
+    try:
+        while not (run / "metrics.jsonl").is_file() and first.poll() is None:
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=f"process {first.pid} is training it"):
+            train()
+    finally:
+        first.wait(timeout=200)
+    assert first.returncode == 0
+    train()  # finished: nothing to do
+
+
 def test_rotation_goes_by_step_number(train):
     run = train("training.save_total_limit=3", "training.save_steps=1")
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-19", "checkpoint-20"]
