@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from clm.arguments import check_training
 from clm.recipe import Recipe, load_recipe
 from data_prep.errors import UserError
 from data_prep.paths import runs_dir
@@ -71,10 +72,15 @@ def is_finished(recipe: Recipe) -> bool:
     """Whether runs/<name>/final exists, which is written last; needs no torch.
 
     Raises:
-        UserError: the run folder belongs to another recipe.
+        UserError: the recipe has a mistake, or the run folder belongs to another recipe.
     """
     run = runs_dir() / recipe.name
-    check_same_recipe(recipe, run)
+    try:
+        check_same_recipe(recipe, run)
+    except UserError:
+        check_training(recipe)  # a misspelt key is a difference too, but not what the user needs to hear
+        recipe.problems.raise_if_any()
+        raise
     return (run / "final").is_dir()
 
 

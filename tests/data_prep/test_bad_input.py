@@ -43,7 +43,7 @@ def refused(fails, tmp_path, small_tokenizer, monkeypatch):
         ("x.jsonl", b'{"body": "a", "id": 1}\n', "line 1: there is no column 'text'; there are: 'body', 'id'"),
         (
             "x.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 999)[:60],
+            gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:60],
             "x.jsonl.gz: line 1: the rest of the file cannot be decompressed",
         ),
         ("x.jsonl.gz", b"no gzip at all", "x.jsonl.gz: line 1: the rest of the file cannot be decompressed"),

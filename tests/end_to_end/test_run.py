@@ -86,6 +86,8 @@ def test_a_run_folder_of_another_recipe_is_refused(train):
         train("training.learning_rate=2e-2")
     with pytest.raises(UserError, match="training.run_name=tiny-2"):
         train("data.tokens=20480")
+    with pytest.raises(UserError, match=r"training.learning_rat is not .* Did you mean learning_rate"):
+        train("training.learning_rat=2e-2")
 
 
 def test_what_changes_nothing_may_change_between_two_starts(train):
