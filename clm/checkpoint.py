@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from clm.run_folder import list_checkpoints
 from data_prep.errors import UserError
 from data_prep.manifest import sha256_of
 
@@ -55,16 +56,6 @@ def publish_checkpoint(temporary: Path, facts: dict[str, Any]) -> Path:
     temporary.parent.rmdir()
     flush_folder(final.parent)
     return final
-
-
-def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints by step number, oldest first."""
-    found = []
-    for path in run.glob(f"{PREFIX}*"):
-        step = path.name.removeprefix(PREFIX)
-        if step.isdecimal() and (path / MANIFEST).is_file():
-            found.append((int(step), path))
-    return sorted(found)
 
 
 def find_damage(checkpoint: Path) -> str | None:

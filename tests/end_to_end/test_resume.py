@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clm.checkpoint import list_checkpoints
+from clm.run_folder import list_checkpoints
 from data_prep.errors import UserError
 
 from .conftest import losses, read_metrics
