@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def make_arguments(plan: Plan) -> Any:
     if "log_level" not in plan.training:
         transformers.logging.set_verbosity_error()  # what a user must know is said by this project, once
     transformers.logging.disable_progress_bar()  # one bar: the run's
+    # DeepSpeed calls functions that torch has renamed, several times a step
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     derived: dict[str, Any] = {
         "output_dir": str(plan.run_folder),
         "run_name": plan.recipe.name,
@@ -69,7 +72,16 @@ def make_arguments(plan: Plan) -> Any:
     }
     if not torch.cuda.is_available():
         derived["dataloader_pin_memory"] = False  # there is nothing to copy to
-        if plan.num_processes > 1:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            # DeepSpeed would ask for NCCL; on a CPU its process group must be there before TrainingArguments
+            from accelerate import PartialState
+
+            PartialState(backend="gloo")
+            derived["accelerator_config"] = {
+                **plan.training.get("accelerator_config", {}),
+                "use_configured_state": True,
+            }
+        elif plan.num_processes > 1:
             derived["use_cpu"] = True  # otherwise each process is a run of its own, of world size 1
     try:
         args = build_arguments(plan.training, derived)

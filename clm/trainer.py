@@ -238,6 +238,15 @@ class ClmTrainer(Trainer):
         if self.args.push_to_hub and self.is_world_process_zero():
             self._push_checkpoint(self.run_folder / name)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Stock, but below ZeRO stage 3 the whole model lies on each rank and is saved as it is: stock clones every
+        tensor there, after which tied weights are no longer recognised as one and are written twice."""
+        stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+        if stage is None or stage == 3:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        else:
+            self._save(output_dir)
+
     def _checkpoint_facts(self) -> dict[str, Any]:
         summed_loss = self.accelerator.gather(self._tr_loss).mean().item()
         return {

@@ -32,6 +32,7 @@ class DatasetEntry:
     exclude_folders: tuple[str, ...] = ()
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train"})  # ours -> the repository's
     text_column: str = "text"
+    split: str | None = None  # "line": every line of a text file is a document; else a file is
     document_start: str | None = None  # records are parts; one that matches this regex starts a new document
     keep_columns: dict[str, str] = field(default_factory=dict)  # column -> string, int64 or float64
     on_bad_record: str = "fail"
@@ -121,6 +122,10 @@ def _find_problems(values: dict[str, Any]):
         yield f"keep_columns is {columns!r} but must map column names to one of {', '.join(COLUMN_TYPES)}"
     if values.get("on_bad_record", "fail") not in ON_BAD_RECORD:
         yield f"on_bad_record is {values['on_bad_record']!r} but must be one of {', '.join(ON_BAD_RECORD)}"
+    if values.get("split", "line") != "line":
+        yield f"split is {values['split']!r} but must be line, or be left out: then a file is a document"
+    if "split" in values and "document_start" in values:
+        yield "split: line makes every line a document but document_start joins lines; leave one of them out"
     fraction = values.get("val_fraction", 0.01)
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         yield f"val_fraction is {fraction!r} but must be at least 0 and below 1"

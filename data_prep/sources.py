@@ -89,7 +89,7 @@ def parse_sources(
             )
         labels = [source.label for source in sources]
         label = entry.name if entry.name not in labels else f"{entry.name}-{len(labels) + 1}"
-        sources.append(Source(label, entry, cap, split_lines))
+        sources.append(Source(label, entry, cap, split_lines or entry.split == "line"))
     return sources
 
 
@@ -127,7 +127,7 @@ def list_local_files(source: Source) -> tuple[list[SourceFile], Counter]:
         record := next((p for p in names if _format_of(p.name) not in ("text", "python")), None)
     ):
         raise UserError(
-            f"{record}: --split-lines is for text files, but this one holds records. Prepare it without --split-lines."
+            f"{record}: --split-lines (split: line) is for text files, but this one holds records. Prepare it without."
         )
     return _describe_files(names), ignored
 

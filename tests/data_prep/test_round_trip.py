@@ -162,6 +162,17 @@ def test_lines_are_documents_only_when_asked(tmp_path, small_tokenizer):
     assert records == [0, 2, 3]
 
 
+def test_a_catalogue_file_may_make_every_line_a_document(tmp_path, small_tokenizer, monkeypatch):
+    (tmp_path / "lines.txt").write_text("first\nsecond\n")
+    monkeypatch.setattr("data_prep.catalog.FOLDER", tmp_path)
+    (tmp_path / "poems.yaml").write_text(
+        f"description: poems\npath: {tmp_path}/lines.txt\nlicence: CC0-1.0\nsource_of_numbers: none\nsplit: line\n"
+        f"default_tokenizer: {small_tokenizer}\ndefault_block_size: 1\nval_fraction: 0.0\n"
+    )
+    run_here("prep", "poems", "--out", tmp_path / "out")
+    assert read_documents(tmp_path / "out", "train") == ["first", "second"]
+
+
 def test_byte_ranges_of_a_file_give_each_line_once(tmp_path, small_tokenizer, monkeypatch):
     texts = [f"line {number} " + "x" * (number * 7 % 50) for number in range(200)]
     source = write_jsonl(tmp_path / "x.jsonl", texts)

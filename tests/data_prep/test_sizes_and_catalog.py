@@ -94,6 +94,7 @@ def test_a_wrong_catalogue_file_tells_all_its_problems_at_once(tmp_path):
         ("default_block_size: 2048", "default_block_size: 0", "default_block_size is 0"),
         ("{url: string, language_score: float64}", "{url: text}", "keep_columns is"),
         ("{train: 50000}", "[1]", "default_tokenizer is"),
+        ("text_column: text", "split: paragraph", "split is 'paragraph' but must be line"),
     ],
 )
 def test_a_wrong_value_in_a_catalogue_file_is_named(tmp_path, old, new, message):

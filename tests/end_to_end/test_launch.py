@@ -1,12 +1,14 @@
 """Two real processes give the curve of one, and a launch that starts fewer than were asked for is refused."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from .conftest import losses, quiet_config
 
@@ -34,6 +36,30 @@ def test_two_processes_give_the_losses_of_one_and_resume_as_one(train, recipe):
     (two / "checkpoint-10").rename(two / "gone-10")
     train(quiet, "data.tokens=5120", name="two")
     assert np.allclose(list(losses(one).values()), list(losses(two).values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication with c++")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_on_two_processes_gives_the_losses_and_the_weights_of_one(train, recipe, stage):
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    quiet = quiet_config(recipe)
+    one = train(quiet, "data.tokens=5120", name="one")
+    launcher = [str(BIN / "accelerate"), "launch", "--quiet", "--config_file", f"accelerate_configs/zero{stage}.yaml"]
+    two = [*launcher, "--num_processes", "2", "--main_process_port", "0", "run_clm.py", str(recipe)]
+    done = launch(*two, quiet, "data.tokens=5120", "training.run_name=two")
+    assert done.returncode == 0, done.stderr
+    run = one.with_name("two")
+    assert np.allclose(list(losses(one).values()), list(losses(run).values()), rtol=1e-5)
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in (one, run)]
+    assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+    assert weights[0].keys() == weights[1].keys()
+    # a kill before final/ was written: the engine's own checkpoint is complete and taken up again
+    (run / "final").rename(run / "gone")
+    (run / "checkpoint-10").rename(run / "gone-10")
+    done = launch(*two, quiet, "data.tokens=5120", "training.run_name=two")
+    assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
+    assert np.allclose(list(losses(one).values()), list(losses(run).values()), rtol=1e-5)
 
 
 def test_accelerate_launch_trains(recipe):
