@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def make(*arguments: str, marks: Path, env: dict[str, str], timeout_s: float = 2
     """
     for name in ("made", "installed"):
         (marks / name).touch()
-    instead = [f"PY={sys.executable}", f"PYTHON={sys.executable}", f"MADE={marks / 'made'}"]
+    instead = [f"PY={shlex.quote(sys.executable)}", f"PYTHON={sys.executable}", f"MADE={marks / 'made'}"]
     return subprocess.run(
         ["make", *arguments, *instead, f"INSTALLED={marks / 'installed'}"],
         cwd=ROOT,

@@ -106,7 +106,7 @@ def check_demo(here: Here, command: str) -> None:
 
 def check_test(here: Here, command: str) -> None:
     done = make("--dry-run", "test", marks=here.tmp_path, env={})
-    assert done.stdout.splitlines()[-1].strip() == f"{sys.executable} -m pytest -n 2"  # it runs this
+    assert done.stdout.splitlines()[-1].strip() == f"{shlex.quote(sys.executable)} -m pytest -n 2"  # it runs this
 
 
 def check_fineweb(here: Here, command: str) -> None:
