@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 # Licence ids that the Hub's model card header knows, among those that text datasets carry.
 # Source: https://huggingface.co/docs/hub/repositories-licenses
-HUB_LICENCES = """
+_HUB_LICENCES = """
     afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsl-1.0 cc cc-by-2.0 cc-by-2.5 cc-by-3.0
     cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
     cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
     cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 gfdl gpl-2.0 gpl-3.0 isc lgpl-2.1 lgpl-3.0 mit mpl-2.0
     ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense wtfpl zlib
-""".split()  # noqa: SIM905 (a list literal of 60 lines)
+"""
+HUB_LICENCES = frozenset(_HUB_LICENCES.split())
 _HUB_SPELLINGS = {"odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl"}  # SPDX -> the Hub's id
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
