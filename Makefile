@@ -13,12 +13,20 @@ OUT =
 RUN =
 PREP_ARGS =
 ARGS =
+TOKENS =
+FROM =
+DATA =
+STEP =
+BLOCK =
+GREP =
+TOKEN =
+CHECKPOINT =
 CONFIG =
 LAUNCH_ARGS =
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo datasets prep inspect check train sample export push lint test test-slow supported-python
+.PHONY: help install demo datasets prep inspect check train extend anneal sample explain export push lint test test-slow supported-python
 
 PY := .venv/bin/python
 
@@ -84,8 +92,20 @@ train: need-RECIPE $(INSTALLED) ## Check recipe and data, then train on all GPUs
 	$(PY) -m clm check "$(RECIPE)" $(ARGS)
 	.venv/bin/accelerate launch --quiet $(if $(CONFIG),--config_file "$(CONFIG)") $(LAUNCH_ARGS) run_clm.py "$(RECIPE)" $(ARGS)
 
+extend: need-RUN need-TOKENS $(INSTALLED) ## Give a run another length, and say what its learning rate will do: RUN=llama_170m TOKENS=20B
+	@$(PY) -m clm extend "$(RUN)" --tokens "$(TOKENS)" $(ARGS)
+
+anneal: need-FROM need-TOKENS $(INSTALLED) ## Fork a finished model off a run: FROM=runs/llama_170m/checkpoint-30000 TOKENS=1B DATA=wikipedia-en
+	@$(PY) -m clm anneal "$(FROM)" --tokens "$(TOKENS)" $(if $(DATA),--data "$(DATA)") $(ARGS)
+
 sample: need-RUN $(INSTALLED) ## Write texts with a run's model: RUN=demo ARGS='--prompt "import os" --num 3'
 	@$(PY) -m clm sample "$(RUN)" $(ARGS)
+
+# A text to look for may hold quotes and dollar signs: it goes through the environment, untouched by make and the shell.
+explain: export CLM_GREP = $(value GREP)
+explain: export CLM_TOKEN = $(value TOKEN)
+explain: need-RUN $(if $(value STEP)$(value BLOCK)$(value GREP)$(value TOKEN),,need-STEP) $(INSTALLED) ## What did a step train on, or which steps see a text: RUN=demo STEP=1200, or BLOCK=stdlib:7, GREP="import os", TOKEN=42
+	@$(PY) -m clm explain "$(RUN)" $(if $(STEP),--step "$(STEP)") $(if $(BLOCK),--block "$(BLOCK)") $(if $(value GREP),--grep="$$CLM_GREP") $(if $(value TOKEN),--token="$$CLM_TOKEN") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
 
 export: need-RUN $(INSTALLED) ## Write the model with or without its head: RUN=demo ARGS="--what base"
 	$(PY) -m clm export "$(RUN)" $(ARGS)
@@ -110,6 +130,9 @@ lint: $(INSTALLED) ## Check style and formatting
 EXAMPLE_DATASET = stdlib
 EXAMPLE_RECIPE = recipes/llama_170m.yaml
 EXAMPLE_RUN = demo
+EXAMPLE_STEP = 1200
+EXAMPLE_TOKENS = 20B
+EXAMPLE_FROM = runs/llama_170m/checkpoint-30000
 
 need-%:
 	@test -n "$($*)" || { echo "error: $* is not set. Example: make $(firstword $(MAKECMDGOALS)) $*=$(EXAMPLE_$*)" >&2; exit 2; }

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from clm.plan import Plan
+    from clm.signals import Requests
+    from clm.trainer import ClmTrainer
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +44,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe; the value is YAML"
     )
     parser.add_argument("--dry-run", action="store_true", help="resolve, check and print everything, train nothing")
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on with a run whose recipe or data has changed; the changes are written into its events.jsonl",
+    )
     return parser.parse_intermixed_args(argv)  # options and overrides in any order
 
 
@@ -54,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     # 1. The recipe. A finished run is recognised before anything heavy is imported.
     arguments = parse_arguments(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if not arguments.dry_run and not recipe.problems.messages and is_finished(recipe):
+    if not arguments.dry_run and not recipe.problems.messages and is_finished(recipe, arguments.allow_changes):
         from data_prep.paths import runs_dir
 
         if os.environ.get("RANK", "0") == "0":
@@ -66,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
     num_processes = check_launch()
 
-    # 3. The plan: data, batch, steps, schedule, disk; every problem of the recipe is told at once.
-    from clm.plan import describe_plan, make_plan
+    # 3. The plan: data, stages, batch, steps, schedule, disk; every problem of the recipe is told at once.
+    from clm.plan import make_plan
+    from clm.plan_text import describe_plan
 
     plan = make_plan(recipe, num_processes, arguments.dry_run)
     if arguments.dry_run:
@@ -77,59 +85,84 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. The run folder: it must be this recipe's, on this data, and no other process may be writing there.
     from clm.run_record import check_same_data
+    from clm.signals import Requests
 
-    check_same_data(plan)
-    args = make_arguments(plan)
-    with hold_run(plan.run_folder) if args.process_index == 0 else nullcontext():
-        train(plan, args)
+    check_same_data(plan, arguments.allow_changes)
+    args = make_arguments(plan, plan.timeline.stages[0])
+    holding = hold_run(plan.run_folder) if args.process_index == 0 else nullcontext()
+    with holding, Requests(plan.run_folder, args.process_index) as requests:
+        run(plan, args, requests)
 
 
-def train(plan: Plan, args: TrainingArguments) -> None:
-    """The second half: from the newest checkpoint, or from the beginning, to final/."""
-    from clm.launch import pick_checkpoint, prepare_loggers
-    from clm.metrics import cut_back, log, setup_logging
-    from clm.plan import describe_plan
-    from clm.run_record import write_record
+def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
+    """The second half: stage by stage, each from the newest checkpoint, to final/."""
+    from clm.launch import prepare_loggers
+    from clm.metrics import log, setup_logging
+    from clm.plan_text import describe_plan
+    from clm.run_record import note_changes, write_record
 
     is_main = args.process_index == 0
-    run = plan.run_folder
-    setup_logging(run if is_main else None, is_main)
+    setup_logging(plan.run_folder if is_main else None, is_main)
     log.info("%s", describe_plan(plan))
-
-    # 5. The checkpoint to continue from, chosen by rank 0 for all.
-    checkpoint, facts = pick_checkpoint(plan)
     if is_main:
+        for change in note_changes(plan):
+            log.warning("allowed by --allow-changes: %s", change)
         write_record(plan)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_back(run / name, facts.get("step", -1))
     prepare_loggers(plan, args)
 
-    # 6. The model and its first weights.
-    from clm.model import build_model
+    # 5. The training. A stage border and a rollback are a resume like any other.
+    trainer = train(plan, requests)
+    while trainer.outcome in ("border", "rollback"):
+        del trainer  # its model and optimizer, before the next ones exist
+        trainer = train(plan, requests)
+    if trainer.outcome == "stopped":
+        requests.leave(trainer)
 
-    model = build_model(plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed)
-
-    # 7. The training.
-    from clm.trainer import ClmTrainer
-
-    args.eval_on_start = bool(plan.validation) and checkpoint is None
-    trainer = ClmTrainer(plan, model, args, facts.get("pending_loss"))
-    trainer.progress.seconds_before = facts.get("time_s", 0.0)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-    # 8. The model in Hub format, its card, and the push if the recipe asks for one.
+    # 6. The model in Hub format, its card, and the push if the recipe asks for one.
     final = trainer.save_final()
     if is_main:
         record = {"step": plan.num_steps, "tokens": trainer.num_tokens, "finished": True}
         trainer.metrics_file.write({**record, "time_s": trainer.progress.seconds})
-        log.info("final model: %s   curve: %s", final, run / "curve.svg")
+        log.info("final model: %s   curve: %s", final, plan.run_folder / "curve.svg")
     trainer.push_final(final)
+
+
+def train(plan: Plan, requests: Requests) -> ClmTrainer:
+    """From the newest checkpoint, or from the beginning, to the end of its stage; `outcome` says why it ended."""
+    from clm.events import excluded_ranges
+    from clm.launch import agree, make_arguments, pick_checkpoint
+    from clm.metrics import cut_back_run
+    from clm.model import build_model
+    from clm.trainer import ClmTrainer
+
+    # a. Where it goes on: what rollbacks took out, and the checkpoint, chosen for all ranks.
+    plan = plan.excluding(agree(plan, excluded_ranges(plan.run_folder)))
+    checkpoint, facts = pick_checkpoint(plan)
+    step = facts.get("step", 0)
+    stage = plan.timeline.stage_of_step(min(step + 1, plan.num_steps))
+    cut_back_run(plan.run_folder, step if checkpoint else -1)
+
+    # b. The stage's batch, and the model with its first weights; those of a checkpoint replace them.
+    args = make_arguments(plan, stage)
+    args.eval_on_start = bool(plan.validation) and checkpoint is None
+    model = build_model(plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
+
+    # c. The HF Trainer.
+    trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))
+    trainer.progress.seconds_before = facts.get("time_s", 0.0)
+    requests.follow(trainer)
+    trainer.spikes.start(facts.get("spikes"))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
 
 
 def cli() -> None:
     """Entry point: a user's error is one message and exit code 2; under a launcher only one rank prints it."""
     try:
         main()
+    except SystemExit as stopped:  # on request, after saving; --help too
+        sys.stdout.flush()
+        os._exit(stopped.code or 0)  # not sys.exit, as below
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # where rank 0 fails too, the launcher ends this process before it repeats the message

@@ -14,7 +14,11 @@ EXAMPLES = """examples:
   python -m clm sample demo --prompt "import os" --num 3      three texts from runs/demo/final
   python -m clm sample llama_170m --checkpoint 4000           from a checkpoint of a run that still trains
   python -m clm export demo --what both --dtype bfloat16      LlamaModel and LlamaForCausalLM, each in its folder
+  python -m clm extend llama_170m --tokens 20B                 train longer
+  python -m clm anneal runs/x/checkpoint-40000 --tokens 1B     a finished model off a run that goes on
   python -m clm push demo --repo-id user/name --private       runs/demo/final to the Hub
+  python -m clm explain demo --step 1200                      what did step 1200 train on? coloured by loss
+  python -m clm explain demo --grep "import os"               at which steps was, or will, this text be seen?
   python -m clm reload demo                                   does final/ give the training's validation loss again?
 
 RUN is a name under runs/ (or under $RUNS_DIR), or the path of a run's folder.
@@ -72,6 +76,40 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action=argparse.BooleanOptionalAction, help="when the repository is made now")
     push.add_argument("--revision", metavar="BRANCH", help="default: main")
 
+    explain = _add_run_verb(verbs, "explain", "show what a step trained on, or which steps see a block, text or token")
+    what = explain.add_mutually_exclusive_group(required=True)
+    what.add_argument("--step", type=_positive_integer, metavar="N", help="the batch of step N, done or to come")
+    what.add_argument("--block", metavar="DATASET:N", help="block N of a dataset of the run, from 0")
+    what.add_argument("--grep", metavar="TEXT", help="every place of a text in the train blocks; exact, with its steps")
+    what.add_argument("--token", metavar="ID", help="every place of a token: its id, its text or its name")
+    explain.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        help="with --step or --block: weights for the losses; a step, final or none; "
+        "default: the newest checkpoint at or before the step, else final/",
+    )
+    explain.add_argument(
+        "--max-rows", type=_positive_integer, metavar="N", help="with --step or --block: rows to print; default: 8"
+    )
+    explain.add_argument(
+        "--out", metavar="FILE", help="with --step or --block: the HTML file; default: RUN/explain/step-N.html"
+    )
+    explain.add_argument(
+        "--limit", type=_positive_integer, metavar="N", help="with --grep or --token: places to print; default: 20"
+    )
+
+    extend = _add_run_verb(verbs, "extend", "give a run another length, and say what its learning rate will do")
+    extend.add_argument("--tokens", type=_count, required=True, metavar="N", help="of the whole run, e.g. 20B")
+    extend.add_argument(
+        "--from-step", type=_positive_integer, metavar="STEP", help="go on from this checkpoint; default: the newest"
+    )
+    text = "fork a finished model off a run: from a checkpoint, a stage that cools the learning rate down to 0"
+    anneal = verbs.add_parser("anneal", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    anneal.add_argument("checkpoint", metavar="CHECKPOINT", help="runs/<trunk>/checkpoint-<step>; the trunk may go on")
+    anneal.add_argument("--tokens", type=_count, required=True, metavar="N", help="of the new stage, e.g. 1B")
+    anneal.add_argument("--data", metavar="DATA", help="a dataset, or a list as data.mixture; default: the trunk's")
+    anneal.add_argument("--name", metavar="NAME", help="of the new run; default: <trunk>-anneal-<step>")
+
     _add_run_verb(
         verbs, "reload", "load final/ afresh and compute the validation loss again; exit code 1 when it differs"
     )
@@ -106,6 +144,16 @@ def run_verb(args: argparse.Namespace) -> int:
         from clm.push import push_run
 
         push_run(args.run, args.repo_id, args.private, args.revision)
+    elif args.verb == "explain":
+        return _explain(args)
+    elif args.verb == "extend":
+        from clm.fork import extend_run
+
+        print(extend_run(args.run, args.tokens, args.from_step))
+    elif args.verb == "anneal":
+        from clm.fork import anneal_run
+
+        print(anneal_run(args.checkpoint, args.tokens, args.data, args.name))
     elif args.verb == "reload":
         from clm.reload import reload_run
 
@@ -162,6 +210,33 @@ def _add_run_verb(verbs: argparse._SubParsersAction, name: str, text: str) -> ar
     parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run's name under runs/, or its folder")
     return parser
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from data_prep.errors import UserError
+
+    is_search = args.grep is not None or args.token is not None
+    for name in ("checkpoint", "max_rows", "out") if is_search else ("limit",):
+        if getattr(args, name) is not None:
+            option, others = f"--{name.replace('_', '-')}", "--grep and --token" if is_search else "--step and --block"
+            raise UserError(f"{option} is given but says nothing about {others}. Leave it out.")
+    if is_search:
+        from clm.explain_search import print_search
+
+        return print_search(args.run, args.grep, args.token, args.limit or 20)
+    from clm.explain import print_explanation
+
+    print_explanation(args.run, args.step, args.block, args.checkpoint, args.max_rows or 8, args.out)
+    return 0
+
+
+def _count(text: str) -> int:
+    from data_prep.sizes import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive_integer(text: str) -> int:

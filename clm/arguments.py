@@ -46,6 +46,7 @@ DERIVED = {
     "do_eval": "Set training.eval_strategy.",
     "do_predict": "There is nothing to predict.",
     "load_best_model_at_end": "final/ is the last step; load runs/<name>/checkpoint-<step> for another.",
+    "save_total_limit": "Say which checkpoints are kept by run.retention, e.g. {last: 2}.",
     "save_only_model": "A checkpoint must be able to resume; export weights with python -m clm export.",
     "restore_callback_states_from_checkpoint": "Resuming restores what is needed.",
     "average_tokens_across_devices": "The loss is always the mean over the global batch.",
@@ -65,7 +66,6 @@ DERIVED = {
 DEFAULTS: dict[str, Any] = {
     "eval_strategy": "steps",
     "save_strategy": "steps",
-    "save_total_limit": 2,  # Trainer keeps all; a full disk is the commonest end of a long run
     "logging_nan_inf_filter": False,  # True replaces NaN by the mean in the logged loss, and waits for the GPU
     "ddp_find_unused_parameters": False,  # every parameter takes part; True walks the graph at each step
     "report_to": "none",
@@ -86,7 +86,6 @@ RANGES: dict[str, tuple[float, float | None, bool, bool]] = {
     "logging_steps": (0, None, False, True),
     "eval_steps": (0, None, False, True),
     "save_steps": (0, None, False, True),
-    "save_total_limit": (1, None, True, True),
     "dataloader_num_workers": (0, None, True, True),
     "seed": (0, 2**32 - 1, True, True),
     "data_seed": (0, 2**32 - 1, True, True),

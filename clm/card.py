@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clm.curve import draw_curve
 from clm.run_folder import last_evaluation, read_metrics, read_recipe
+from clm.spike_report import describe_history
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
 
@@ -58,6 +59,7 @@ def write_card(run: Path, folder: Path) -> Path:
         "## Model\n\n" + _model_table(recipe, config),
         "## Data\n\n" + _data_table(recipe, metrics) + f"\n\n{licence_note}",
         "## Training\n\n" + _training_table(recipe, metrics),
+        *filter(None, [_stages_table(recipe), describe_history(run)]),
         *(["![Training and validation loss over tokens](curve.svg)"] if has_curve else []),
         "## Validation\n\n" + _validation_table(recipe, last_evaluation(metrics)),
         "## Limits\n\n" + _limits(),
@@ -218,8 +220,8 @@ def _training_table(recipe: dict, metrics: list[dict]) -> str:
                 "Steps",
                 f"{steps:,} of {resolved['num_steps']:,}" if steps is not None and resolved.get("num_steps") else steps,
             ),
-            ("Tokens per step", resolved.get("tokens_per_step")),
-            ("Block size", data.get("block_size")),
+            ("Tokens per step", _of_stages(resolved, "tokens_per_step")),
+            ("Block size", _of_stages(resolved, "block_size") or data.get("block_size")),
             ("Optimizer", training.get("optim")),
             ("Peak learning rate", training.get("learning_rate")),
             ("Schedule", ", ".join(str(part) for part in schedule if part) or None),
@@ -237,6 +239,28 @@ def _training_table(recipe: dict, metrics: list[dict]) -> str:
             ("Git commit of the code", f"`{commit}`" if commit else None),
         ],
     )
+
+
+def _of_stages(resolved: dict, key: str) -> Any:
+    """A value that all stages share, or those of the stages in order."""
+    values = [stage[key] for stage in resolved.get("stages") or []]
+    if len(set(values)) <= 1:
+        return values[0] if values else None
+    return ", then ".join(f"{value:,}" for value in values)
+
+
+def _stages_table(recipe: dict) -> str:
+    rows = [
+        (
+            stage["name"],
+            stage["num_tokens"],
+            stage["block_size"],
+            stage["tokens_per_step"],
+            ", ".join(f"{name} {share:.2%}" for name, share in stage["shares"].items()),
+        )
+        for stage in recipe["resolved"].get("stages") or []
+    ]
+    return _table(("Stage", "Tokens", "Block size", "Tokens per step", "Data"), rows) if len(rows) > 1 else ""
 
 
 def _validation_table(recipe: dict, evaluation: dict | None) -> str:

@@ -1,13 +1,15 @@
-"""Checkpoints that are complete or absent, and the choice of the one to continue from.
+"""Checkpoints on disk: complete or absent, and checked before they are used.
 
-A checkpoint is written as `.saving/checkpoint-<step>`, then gets `checkpoint.json` (step, tokens, sizes and SHA-256 of
-every file), is flushed to disk and renamed to `checkpoint-<step>`: a folder of that name is complete, always.
+A checkpoint is written as `.saving/checkpoint-<step>`, gets `checkpoint.json` (step, tokens, sizes and SHA-256 of every
+file) when all else is on the disk, and is renamed to `checkpoint-<step>`: a folder of that name is complete, always.
+`weights-<step>`, with `weights.json`, is the same for a checkpoint that was reduced to its weights.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -17,122 +19,138 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clm.run_folder import list_checkpoints
+from clm.events import read_events
+from clm.run_folder import MANIFEST, PREFIX
 from data_prep.errors import UserError
 from data_prep.manifest import sha256_of
+from data_prep.sizes import format_bytes
 
-MANIFEST = "checkpoint.json"
 SAVING = ".saving"
-PREFIX = "checkpoint-"
+# What only a resume needs, as globs; the rest of a checkpoint is a model in Hub format, its recipe and environment.
+RESUME_ONLY = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
+RESUME_ONLY += ("global_step*/*", "latest", "zero_to_fp32.py")  # DeepSpeed's
+
+Files = dict[str, dict[str, Any]]  # path within the folder -> {"num_bytes": ..., "sha256": ...}
 
 
-def publish_checkpoint(temporary: Path, facts: dict[str, Any]) -> Path:
-    """Make a fully written temporary checkpoint the real one.
+def hash_files(folder: Path, names: list[str]) -> Files:
+    """Make files readable as the umask says, flush them to disk, and take their sizes and SHA-256."""
+
+    def finish(name: str) -> dict[str, Any]:
+        path = folder / name
+        path.chmod(0o666 & ~user_mask())
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"num_bytes": path.stat().st_size, "sha256": digest}
+
+    with ThreadPoolExecutor(2) as pool:  # hashing and fsync release the GIL
+        return dict(zip(names, pool.map(finish, names), strict=True))
+
+
+def publish(temporary: Path, final: Path, facts: dict[str, Any], files: Files, manifest: str = MANIFEST) -> None:
+    """Make a folder whose files are on the disk a complete one: manifest, flush, rename.
 
     Args:
-        temporary: runs/<name>/.saving/checkpoint-<step>, all ranks done writing.
+        temporary: where it was written, on the same file system.
+        final: checkpoint-<step> or weights-<step>; one of that name (of a time before a rollback) is replaced.
         facts: what else the manifest holds (step, tokens, order version ...).
-    Returns:
-        The final folder, runs/<name>/checkpoint-<step>.
+        files: all of its files.
+        manifest: name of the manifest.
     """
-    final = temporary.parent.parent / temporary.name
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    _make_readable(files)
-    with ThreadPoolExecutor() as pool:  # hashing and fsync release the GIL
-        sums = list(pool.map(_hash_and_flush, files))
-    manifest = {
-        **facts,
-        "files": {
-            str(p.relative_to(temporary)): {"num_bytes": p.stat().st_size, "sha256": digest}
-            for p, digest in zip(files, sums, strict=True)
-        },
-    }
-    write_json(temporary / MANIFEST, manifest)
+    content = {**facts, "files": files}
+    write_json(temporary / manifest, {**content, "sha256": _sha256_of_json(content)})
     for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
         flush_folder(folder)
-    if final.exists():  # the same step again, after a rollback or a damaged file: the new one takes its place
-        trash_checkpoint(final)
+    if final.exists():
+        trash(final)
     os.rename(temporary, final)
-    temporary.parent.rmdir()
+    with contextlib.suppress(OSError):  # another rank may be in there already
+        temporary.parent.rmdir()
     flush_folder(final.parent)
-    return final
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every size and SHA-256 is compared with its manifest."""
+def find_damage(checkpoint: Path, with_checksums: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None: its files are compared with its manifest."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        facts = read_checkpoint_facts(checkpoint)
+        if facts.pop("sha256") != _sha256_of_json(facts):
+            return f"{MANIFEST} has changed since it was written (SHA-256)"
+        return find_changed(checkpoint, facts["files"], with_checksums)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+
+
+def find_changed(folder: Path, files: Files, with_checksums: bool = True) -> str | None:
+    """The first file that is not as it was: missing, of another size or, if asked for, of another SHA-256."""
     for name, facts in files.items():
-        path = checkpoint / name
+        path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != facts["num_bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {facts['num_bytes']:,}"
-    with ThreadPoolExecutor() as pool:
-        for (name, facts), digest in zip(
-            files.items(), pool.map(lambda n: sha256_of(checkpoint / n), files), strict=True
-        ):
-            if digest != facts["sha256"]:
-                return f"{name} has changed since it was written (SHA-256)"
+    if with_checksums:
+        with ThreadPoolExecutor() as pool:
+            sums = pool.map(lambda name: sha256_of(folder / name), files)
+            for (name, facts), digest in zip(files.items(), sums, strict=True):
+                if digest != facts["sha256"]:
+                    return f"{name} has changed since it was written (SHA-256)"
     return None
 
 
-def newest_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and one sentence for each that was skipped.
-
-    Raises:
-        UserError: there are checkpoints, and all are damaged: starting anew would overwrite them.
-    """
-    skipped = []
-    for _, path in reversed(list_checkpoints(run)):
-        damage = find_damage(path)
-        if damage is None:
-            return path, skipped
-        skipped.append(f"{path}: {damage}. It is skipped.")
-    if skipped:
-        raise UserError(
-            "\n".join(skipped)
-            + f"\n{run}: no checkpoint is undamaged. Restore one from a copy, or start again with another "
-            "training.run_name, or delete the damaged ones."
-        )
-    return None, []
+def _sha256_of_json(value: Any) -> str:
+    """The same before and after a round through a file."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
-def read_checkpoint_facts(checkpoint: Path) -> dict[str, Any]:
-    """checkpoint.json of a complete checkpoint."""
-    return json.loads((checkpoint / MANIFEST).read_text())
+def read_checkpoint_facts(checkpoint: Path, manifest: str = MANIFEST) -> dict[str, Any]:
+    """checkpoint.json of a complete checkpoint, or weights.json."""
+    return json.loads((checkpoint / manifest).read_text(encoding="utf-8"))
 
 
-def rotate_checkpoints(run: Path, keep: int | None) -> None:
-    """Delete the oldest complete checkpoints until `keep` are left, by step number; None keeps all."""
-    if keep is not None:
-        for _, path in list_checkpoints(run)[:-keep]:
-            trash_checkpoint(path)
+def rolled_back_at(run: Path, facts: dict[str, Any]) -> int | None:
+    """The first bad step of a rollback that a checkpoint lies behind and knows nothing of: it trained on what the run
+    has excluded since. None for one that may be used."""
+    known = {tuple(item) for item in facts.get("excluded", [])}
+    for event in read_events(run):
+        if event["event"] != "rollback" or facts["step"] < event["step"]:
+            continue
+        if not {tuple(item) for item in event["excluded"]} <= known:
+            return event["step"]
+    return None
 
 
-def trash_checkpoint(path: Path) -> None:
-    """Delete a checkpoint so that a kill in between leaves no partial checkpoint-<step>."""
-    trash = path.parent / f".trash-{path.name}"
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+def total_bytes(files: Files) -> int:
+    """The size of a checkpoint."""
+    return sum(file["num_bytes"] for file in files.values())
+
+
+def trash(path: Path) -> None:
+    """Delete a folder so that a kill in between leaves nothing partial under its name."""
+    gone = path.parent / f".trash-{path.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def clean_run_folder(run: Path) -> None:
-    """Remove what a killed save or deletion left behind."""
+    """Remove what a killed save or deletion left behind; a checkpoint that only lacked its rename gets it."""
+    for path in (run / SAVING).glob(f"{PREFIX}*"):
+        if (path / MANIFEST).is_file() and not (run / path.name).exists():
+            os.rename(path, run / path.name)  # checkpoint.json is written last; its checksums are compared before use
     for path in [run / SAVING, *run.glob(".trash-*"), *run.glob(".final-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON and flush it to disk."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Write JSON by rename and flush it to disk."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def flush_folder(folder: Path) -> None:
@@ -147,12 +165,20 @@ def flush_folder(folder: Path) -> None:
 
 def flush_files(folder: Path) -> None:
     """Make a folder's files readable as the umask says and flush them to disk."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    _make_readable(files)
-    for path in files:
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        path.chmod(0o666 & ~user_mask())
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     flush_folder(folder)
+
+
+@functools.cache
+def user_mask() -> int:
+    """The umask: safetensors writes mode 0600, but a team reads each other's checkpoints. Asking for it sets it for a
+    moment, so it is asked once."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_saved_weights(folder: Path, num_parameters: int) -> None:
@@ -172,31 +198,36 @@ def check_saved_weights(folder: Path, num_parameters: int) -> None:
         raise RuntimeError(f"{folder} holds {saved:,} weights but the model has {num_parameters:,}")
 
 
-def raise_if_disk_full(error: Exception, path: Path, need_bytes: int) -> None:
-    """Turn the many ways in which writers say ENOSPC into one sentence; other errors are left to the caller."""
-    existing = next(p for p in path.absolute().parents if p.exists())
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # torch.save and safetensors drop errno: what they say instead, or a disk without room for what was being written
+def free_bytes(path: Path) -> int:
+    """Room on the disk of a path that need not exist yet."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+
+
+def is_disk_full(error: BaseException, path: Path, need_bytes: int) -> bool:
+    """Whether a failed write means that the disk (or a quota, or a file size limit) is full.
+
+    torch.save and safetensors drop errno: then what they say decides, or a disk that has no room for what was written.
+    """
     texts = ("No space left", "Disk quota", "File too large", "unexpected pos", "file write failed", "iostream error")
-    full = full or any(text in str(error) for text in texts)
-    full = full or (isinstance(error, OSError | RuntimeError) and shutil.disk_usage(existing).free < need_bytes // 4)
-    if full:
-        raise UserError(
-            f"{path}: cannot be written, the disk is full (or a quota or file size limit is reached). Complete "
-            "checkpoints are untouched. Free space, lower training.save_total_limit or set RUNS_DIR to another disk, "
-            "then type the same command: it continues from the newest checkpoint."
-        ) from None
+    return (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        or any(text in str(error) for text in texts)
+        or (isinstance(error, OSError | RuntimeError) and free_bytes(path) < need_bytes // 4)
+    )
 
 
-def _make_readable(files: list[Path]) -> None:
-    """safetensors writes mode 0600; a team reads each other's checkpoints, so the user's umask decides."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in files:
-        path.chmod(0o666 & ~mask)
-
-
-def _hash_and_flush(path: Path) -> str:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def explain_failure(error: Exception, path: Path, need_bytes: int) -> Exception:
+    """What a user is told when a checkpoint or final/ cannot be written; an error that no user can mend is itself."""
+    if is_disk_full(error, path, need_bytes):
+        return UserError(
+            f"{path}: cannot be written, the disk is full (or a quota or file size limit is reached): it needs "
+            f"{format_bytes(need_bytes)}, {format_bytes(free_bytes(path))} are free. Complete checkpoints are "
+            "untouched. Free space, lower run.retention.last or set RUNS_DIR to another disk, then type the same "
+            "command: it continues from the newest checkpoint."
+        )
+    if isinstance(error, OSError):
+        return UserError(
+            f"{path}: cannot be written ({error}). Complete checkpoints are untouched. Mend it, then type the same "
+            "command: it continues from the newest checkpoint."
+        )
+    return error

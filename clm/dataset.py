@@ -1,6 +1,7 @@
 """Prepared blocks -> micro-batches.
 
-In: sample numbers (from the sampler) or rows of a validation split. Out: {"input_ids", "labels", "shift_labels"}.
+In: sample numbers (from the sampler) or rows of a validation split. Out: {"input_ids", "labels", "shift_labels"}; with
+document masking also what keeps the documents of a row apart (clm/document_mask.py).
 
     block of 8 tokens [a b c d e f g h], next row starts with i, trained at T = 4:
         input_ids     a b c d | e f g h
@@ -23,21 +24,28 @@ from data_prep.blocks import Blocks
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from clm.document_mask import DocumentMask
+    from clm.timeline import Stage, Timeline
+
 IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
-def as_batch(inputs: np.ndarray, targets: np.ndarray) -> dict[str, torch.Tensor]:
-    """One micro-batch for a causal language model.
+def as_batch(inputs: np.ndarray, targets: np.ndarray, mask: DocumentMask | None = None) -> dict[str, Any]:
+    """One micro-batch for a causal language model, from (B, T) inputs and targets.
 
     `labels` is the input itself: transformers computes a loss only when it is given, and uses `shift_labels` as they
-    are (transformers/loss/loss_utils.py, ForCausalLMLoss), so nothing is shifted twice.
+    are (transformers/loss/loss_utils.py, ForCausalLMLoss), so nothing is shifted twice. Trainer, too, counts the
+    targets of a batch in `shift_labels`.
     """
     input_ids = torch.from_numpy(np.ascontiguousarray(inputs))
-    return {
+    if mask is not None:
+        targets = mask.targets(inputs, targets)
+    batch = {
         "input_ids": input_ids,
         "labels": input_ids,
         "shift_labels": torch.from_numpy(np.ascontiguousarray(targets)),
     }
+    return batch if mask is None else batch | mask.model_inputs(inputs)
 
 
 class PermutedTargets:
@@ -72,8 +80,8 @@ class TrainBlocks(torch.utils.data.Dataset):
     Args:
         splits: the mixture's train splits, in the order of `order.sources`.
         order: which block sample i is.
-        block_size: T of the recipe; divides each prepared block size.
-        num_samples: length of the run in prepared blocks.
+        block_size: T of the stage; divides each prepared block size.
+        num_samples: what len() says: Trainer counts in epochs, and the whole run is one.
         permute_seed: a seed for the permuted-labels control, None for training.
     """
 
@@ -89,11 +97,11 @@ class TrainBlocks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, sample: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         return self.__getitems__([sample])
 
-    def __getitems__(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of a whole micro-batch at once, rows in the order of the samples; no Python lists."""
+    def __getitems__(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Inputs and targets of a whole micro-batch at once, rows in the order of the samples, and the samples."""
         dataset, block = self.order.block_at(np.asarray(samples))
         shape = (len(samples), self.splits[0].block_size)
         inputs, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
@@ -101,31 +109,36 @@ class TrainBlocks(torch.utils.data.Dataset):
             mine = np.flatnonzero(dataset == j)
             if mine.size:
                 inputs[mine], targets[mine] = read_blocks(split, block[mine], self.controls[j])
-        return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size)
+        return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size), samples
 
 
-def collate(rows: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor]:
-    """What the DataLoader calls on a micro-batch of TrainBlocks."""
-    return as_batch(*rows)
+def collate(
+    rows: tuple[np.ndarray, np.ndarray, list[int]], mask: DocumentMask | None = None, with_samples: bool = False
+) -> dict[str, Any]:
+    """What the DataLoader calls on a micro-batch of TrainBlocks; `with_samples` adds the sample numbers."""
+    inputs, targets, samples = rows
+    batch = as_batch(inputs, targets, mask)
+    return batch | {"samples": torch.tensor(samples)} if with_samples else batch
 
 
 class OrderSampler(torch.utils.data.Sampler[int]):
-    """Sample numbers from the run's current position on.
+    """Sample numbers from the run's current position to the end of its stage.
 
     Replaces Trainer's RandomSampler. `__iter__` is lazy: Trainer builds the loader before it restores the state, so the
     position is read when iteration begins, and a resumed run starts at its exact sample without skipping any.
     """
 
-    def __init__(self, trainer: Trainer, num_samples: int, samples_per_step: int):
+    def __init__(self, trainer: Trainer, timeline: Timeline, stage: Stage):
         self.trainer = trainer
-        self.num_samples = num_samples
-        self.samples_per_step = samples_per_step
+        self.timeline = timeline
+        self.stage = stage
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.timeline.num_steps * self.stage.samples_per_step  # as if the whole run were like this stage
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.trainer.state.global_step * self.samples_per_step, self.num_samples))
+        for step in range(self.trainer.state.global_step + 1, self.stage.last_step + 1):
+            yield from self.timeline.samples_of_step(step).tolist()
 
 
 class ValidationRows:

@@ -22,6 +22,8 @@ from clm.dataset import IGNORE, ValidationRows, as_batch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from clm.document_mask import DocumentMask
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -55,6 +57,7 @@ def sum_losses(
     device: torch.device,
     rank: int = 0,
     num_processes: int = 1,
+    mask: DocumentMask | None = None,
 ) -> Sums:
     """Sum the losses of one validation set over all ranks.
 
@@ -66,14 +69,17 @@ def sum_losses(
         device: where the model is.
         rank, num_processes: rank r takes batches r, r + P, ...; every rank does the same number of forwards, which
             sharded models need, the surplus ones without a target.
+        mask: document masking as in training; first tokens of documents are no targets and count nowhere.
     """
     num_batches = math.ceil(rows.num_rows / batch_rows)
     total = torch.zeros(3, dtype=torch.float64)
     for first_batch in range(0, num_batches, num_processes):
         inputs, targets = rows.read((first_batch + rank) * batch_rows, batch_rows)
+        batch = as_batch(inputs, targets, mask)
+        targets = batch["shift_labels"].numpy()
         valid = targets != IGNORE
-        batch = {name: tensor.to(device) for name, tensor in as_batch(inputs, targets).items()}
-        total[0] += forward(batch).double().cpu()
+        on_device = {name: v.to(device) if torch.is_tensor(v) else v for name, v in batch.items()}
+        total[0] += forward(on_device).double().cpu()
         total[1] += int(valid.sum())
         total[2] += int(token_bytes[targets[valid]].sum())
     if num_processes > 1:

@@ -41,14 +41,14 @@ class CatalogueSplit:
 
 
 def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | CatalogueSplit]:
+    """The train split of each dataset that any stage uses, in the order of `recipe.data.datasets`."""
     problems = recipe.problems
     splits: list[Blocks | CatalogueSplit] = []
-    for i, item in enumerate(recipe.data.mixture):
-        key = f"data.mixture[{i}]"
+    for name, key in recipe.data.datasets.items():
         try:
-            split = Blocks(dataset_folder(item.dataset), "train")
+            split = Blocks(dataset_folder(name), "train")
         except UserError as error:
-            listed = _from_catalogue(item.dataset, recipe.data.block_size)
+            listed = _from_catalogue(name, recipe.data.block_size)
             if unchecked is not None and listed is not None:
                 unchecked.append(f"{error} (Its numbers above are the catalogue's.)")
                 splits.append(listed)
@@ -61,7 +61,7 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
             continue
         if split.num_blocks == 0:
             problems.add(
-                key, f"is {item.dataset}, which has no whole block to train on. Add text or use a smaller block_size."
+                key, f"is {name}, which has no whole block to train on. Add text or use a smaller block_size."
             )
             continue
         try:
@@ -74,12 +74,12 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
         if split.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
             problems.add(
                 key,
-                f"is {item.dataset}, prepared with another tokenizer than {first.folder}. Prepare both with the same.",
+                f"is {name}, prepared with another tokenizer than {first.folder}. Prepare both with the same.",
             )
         if split.block_size != first.block_size:
             problems.add(
                 key,
-                f"is {item.dataset}, prepared in blocks of {split.block_size} while {first.folder} has "
+                f"is {name}, prepared in blocks of {split.block_size} while {first.folder} has "
                 f"{first.block_size}. Prepare both with the same --block-size.",
             )
         splits.append(split)

@@ -7,6 +7,7 @@ to continue from. Launchers that quietly start fewer processes than were asked f
 from __future__ import annotations
 
 import os
+import time
 import uuid
 import warnings
 from contextlib import AbstractContextManager
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from clm.arguments import DEFAULTS, build_arguments, scheduler_kwargs
-from clm.checkpoint import clean_run_folder, newest_good_checkpoint, read_checkpoint_facts
+from clm.checkpoint import clean_run_folder, find_damage, read_checkpoint_facts, rolled_back_at, total_bytes
 from clm.metrics import log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
+from clm.run_folder import MANIFEST, PREFIX, list_checkpoints, list_weights
+from clm.timeline import Stage
 from data_prep.errors import UserError
 from data_prep.lock import folder_lock
+from data_prep.sizes import format_bytes
 
 
 def check_launch() -> int:
@@ -41,8 +45,8 @@ def check_launch() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def make_arguments(plan: Plan) -> Any:
-    """TrainingArguments of this process, with everything that the plan derives.
+def make_arguments(plan: Plan, stage: Stage) -> Any:
+    """TrainingArguments of this process for one stage, with everything that the plan derives.
 
     Raises:
         UserError: transformers refuses the values, or fewer processes came up than the launcher announced.
@@ -61,7 +65,7 @@ def make_arguments(plan: Plan) -> Any:
         "max_steps": plan.num_steps,
         # Trainer's samples are prepared blocks
         "per_device_train_batch_size": plan.samples_per_micro_batch,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "gradient_accumulation_steps": plan.accumulation(stage),
         "bf16": plan.precision == "bf16",
         "fp16": plan.precision == "fp16",
         "lr_scheduler_kwargs": scheduler_kwargs(plan.training, plan.num_steps),
@@ -111,38 +115,98 @@ def hold_run(run: Path) -> AbstractContextManager[None]:
 
 
 def pick_checkpoint(plan: Plan) -> tuple[Path | None, dict[str, Any]]:
-    """The newest undamaged checkpoint and its facts (step, tokens, time_s), the same on all ranks; (None, {}) for none.
+    """The newest checkpoint that every process holds undamaged, and its facts (step, tokens ...); (None, {}) for none.
+
+    Sizes are compared by every process, SHA-256 by one of each node; rank 0's log says what was skipped and why.
 
     Raises:
-        UserError: all checkpoints are damaged, or they were made by another version of the order.
+        UserError: there are checkpoints but none can be used, or they were made by another version of the order.
     """
-    choice: list[Any] = [None]
-    if int(os.environ.get("RANK", "0")) == 0:
-        clean_run_folder(plan.run_folder)
-        try:
-            checkpoint, skipped = newest_good_checkpoint(plan.run_folder)
-            choice = [(checkpoint, skipped)]
-        except UserError as error:
-            choice = [error]
-    if plan.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
 
-        broadcast_object_list(choice)
-    if isinstance(choice[0], UserError):
-        raise choice[0]
-    checkpoint, skipped = choice[0]
+    run, started_at = plan.run_folder, time.perf_counter()
+    is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    gather_object([0])  # nobody is writing any more
+    if is_first_of_node:
+        clean_run_folder(run)
+    held = gather_object([[step for step, _ in list_checkpoints(run)]])
+    skipped, is_any_damaged = [], False
+    for step in sorted({step for steps in held for step in steps}, reverse=True):
+        checkpoint = run / f"{PREFIX}{step}"
+        answers = gather_object([_examine(run, checkpoint, is_first_of_node)])
+        problem = next((answer for answer in answers if "problem" in answer), None)
+        if problem is None and any(answer["facts"] != answers[0]["facts"] for answer in answers):
+            problem = {"problem": "it is not the same one on all nodes", "is_damaged": True}
+        if problem is None:
+            break
+        skipped.append(f"{checkpoint}: {problem['problem']}. It is skipped.")
+        is_any_damaged |= problem["is_damaged"]
+    else:
+        _refuse_if_lost(run, skipped if is_any_damaged else [])
+        for sentence in skipped:
+            log.warning("%s", sentence)
+        return None, {}
     for sentence in skipped:
         log.warning("%s", sentence)
-    if checkpoint is None:
-        return None, {}
     facts = read_checkpoint_facts(checkpoint)
     if facts["order_version"] != ORDER_VERSION:
         raise UserError(
             f"{checkpoint}: was made with version {facts['order_version']} of the data order, this code has "
             f"{ORDER_VERSION}. It would see other data. Check out the code it was made with."
         )
-    log.info("continuing from %s (step %s, %s tokens)", checkpoint, f"{facts['step']:,}", f"{facts['tokens']:,}")
+    for newer in [path for step, path in list_weights(run) if step > facts["step"]]:
+        log.warning("%s: holds weights only, so the run continues from before it.", newer)
+    log.info(
+        "continuing from %s (step %s, %s tokens; checked %s in %.2f s)",
+        checkpoint,
+        f"{facts['step']:,}",
+        f"{facts['tokens']:,}",
+        format_bytes(total_bytes(facts["files"])),
+        time.perf_counter() - started_at,
+    )
     return checkpoint, facts
+
+
+def _examine(run: Path, checkpoint: Path, with_checksums: bool) -> dict[str, Any]:
+    """Why this process cannot use a checkpoint, or the facts by which two nodes see that theirs is the same one."""
+    if not (checkpoint / MANIFEST).is_file():
+        return {"problem": f"process {os.environ.get('RANK', '0')} does not have it complete", "is_damaged": True}
+    damage = find_damage(checkpoint, with_checksums)
+    if damage is not None:
+        return {"problem": damage, "is_damaged": True}
+    facts = read_checkpoint_facts(checkpoint)
+    bad_step = rolled_back_at(run, facts)
+    if bad_step is not None:
+        return {"problem": f"it has trained on step {bad_step}, which was rolled back", "is_damaged": False}
+    return {"facts": [facts["step"], facts["tokens"], facts["pending_loss"], facts.get("excluded")]}
+
+
+def _refuse_if_lost(run: Path, damaged: list[str]) -> None:
+    """Starting from the beginning would overwrite a run of which something is left."""
+    if damaged:
+        raise UserError(
+            "\n".join(damaged) + f"\n{run}: no checkpoint is undamaged. Restore one from a copy, or start again with "
+            "another training.run_name, or delete the damaged ones."
+        )
+    weights = list_weights(run)
+    if weights:
+        raise UserError(
+            f"{run}: cannot be resumed: {weights[-1][1].name} holds weights only. What is missing is the optimizer's "
+            "state, the position in the schedule and the random states, which were deleted as run.retention says. "
+            "Start a new run from the weights: remove model.config, and set "
+            f"model.init={weights[-1][1]} training.run_name={run.name}-2."
+        )
+
+
+def agree(plan: Plan, value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    if plan.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
 
 
 def prepare_loggers(plan: Plan, args: Any) -> None:

@@ -59,6 +59,13 @@ def cut_back(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def cut_back_run(run: Path, step: int) -> None:
+    """Drop what a run wrote after `step`, -1 for all of it; each rank its own files."""
+    rank = int(os.environ.get("RANK", "0"))
+    for name in ("metrics.jsonl", "samples.jsonl", "blocks-0.jsonl") if rank == 0 else (f"blocks-{rank}.jsonl",):
+        cut_back(run / name, step)
+
+
 class JsonLines:
     """Appends records to a .jsonl file, one write each."""
 

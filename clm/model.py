@@ -12,6 +12,7 @@ as in GPT-2 (Radford et al. 2019, section 2.3); with `scaled_init` the matrices 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from clm.order import derive_key
 from clm.problems import Problems
-from clm.recipe import ModelSection, SampleSettings
+from clm.recipe_sections import ModelSection, SampleSettings
 from data_prep.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -97,18 +98,10 @@ def check_model(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     dataset: str,
-    block_size: int,
     problems: Problems,
 ) -> None:
-    """Compare model, tokenizer and block size before anything is spent; problems are collected."""
+    """Compare model and tokenizer before anything is spent; problems are collected."""
     source = section.config if section.init == "random" else section.init
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and block_size > positions:
-        problems.add(
-            "data.block_size",
-            f"is {block_size} but {source} has max_position_embeddings {positions}. "
-            f"Set data.block_size to at most {positions}, or raise it in the config.",
-        )
     size, rows = len(tokenizer), config.vocab_size
     if rows < size:
         problems.add(
@@ -161,7 +154,7 @@ def choose_attention(wanted: str, bf16: bool, has_gpu: bool) -> tuple[str, str]:
     """The attention implementation and one sentence that says why.
 
     Raises:
-        UserError: FlashAttention without bf16, without a GPU, or not installed.
+        UserError: FlashAttention without bf16, without a GPU, or not installed; FlexAttention without a GPU.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -170,6 +163,11 @@ def choose_attention(wanted: str, bf16: bool, has_gpu: bool) -> tuple[str, str]:
         if has_gpu and bf16 and is_flash_attn_2_available():
             return "flash_attention_2", "auto: flash-attn is installed and the run is bf16"
         return "sdpa", "auto: PyTorch's own kernels need no extra package"
+    if wanted == "flex_attention" and not has_gpu:
+        raise UserError(
+            "model.attention is flex_attention but there is no CUDA GPU, and on a CPU PyTorch has no backward for it. "
+            "Set model.attention: sdpa."
+        )
     if wanted in installed:
         if not has_gpu:
             raise UserError(f"model.attention is {wanted} but there is no CUDA GPU. Set model.attention: sdpa.")
@@ -186,6 +184,42 @@ def choose_attention(wanted: str, bf16: bool, has_gpu: bool) -> tuple[str, str]:
     return wanted, "as the recipe says"
 
 
+def with_rope(config: PretrainedConfig, rope: dict[str, Any], key: str) -> PretrainedConfig:
+    """A copy of the config with other RoPE settings; `rope` may also raise max_position_embeddings.
+
+    Raises:
+        UserError: the model has no RoPE, or a key or value that transformers does not know.
+    """
+    if not rope:
+        return config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+    config = copy.deepcopy(config)
+    settings = dict(rope)
+    positions = settings.pop("max_position_embeddings", None)
+    known = [*RopeParameters.__annotations__, "max_position_embeddings"]
+    for name in settings:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            raise UserError(f"{key}.{name} is not a RoPE setting of transformers. {hint}")
+    if not getattr(config, "rope_parameters", None):
+        raise UserError(f"{key} is set but a {config.model_type} model has no RoPE. Remove it.")
+    kinds = ["default", *ROPE_INIT_FUNCTIONS]
+    if settings.get("rope_type", "default") not in kinds:
+        raise UserError(f"{key}.rope_type is {settings['rope_type']!r}, unknown. Known: {', '.join(kinds)}.")
+    config.rope_parameters = {**config.rope_parameters, **settings}
+    try:
+        config.validate_rope()
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{key} is {rope}, which transformers refuses: {error}") from None
+    if positions is not None:
+        if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
+            raise UserError(f"{key}.max_position_embeddings is {positions!r} but must be a whole number above 0.")
+        config.max_position_embeddings = positions
+    return config
+
+
 def set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Put the tokenizer's bos, eos and pad ids into the config; an id the tokenizer does not have becomes None.
 
@@ -196,12 +230,18 @@ def set_special_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def build_model(
-    section: ModelSection, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, attention: str, seed: int
+    section: ModelSection,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: str,
+    seed: int,
+    rope: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3)."""
+    """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3); `rope` is the stage's."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = with_rope(config, {**section.rope, **(rope or {})}, "model.rope")
     set_special_ids(config, tokenizer)
     if section.init == "random":
         torch.manual_seed(seed)

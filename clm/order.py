@@ -1,13 +1,15 @@
-"""Which block is sample i? A pure function of (seed, mixture, i): no state, no index arrays, the same everywhere.
+"""Which block is sample i? A pure function of (seed, stages, i): no state, no index arrays, the same everywhere.
 
-In: the datasets of the mixture (number of blocks, weight) and a seed. Out: `block_at(i)` -> (dataset, block).
+In: the datasets of the run (number of blocks), its stages (length, share of each dataset) and a seed.
+Out: `block_at(i)` -> (dataset, block), and the way back, `samples_of(dataset, block)`.
 
-    samples 0..2047 = window 0, 2048..4095 = window 1, ...          (a window is W samples, a power of two)
-    sample i -> window w = i // W, slot s = permute_w(i % W) -> the dataset whose share of the window holds slot s
+    samples 0..2047 = window 0, 2048..4095 = window 1, ...         (a window is W samples, a power of two)
+    sample i -> window w = i // W, slot s = i % W -> dealt[s], the dataset whose share of the window holds permute_w(s)
              -> that dataset's m-th sample of the run -> pass m // n, block permute_pass(m % n)
 
-Up to any window border dataset j has had round(C_j N) - round(C_{j-1} N) samples, C being the cumulative weights:
-within one block of its share. A pass over a dataset visits each of its blocks once; every pass has its own permutation.
+Up to any window border of a stage dataset j has had round(C_j N) - round(C_{j-1} N) of its N samples, C being the
+cumulative shares: within one block of its share. A dataset's samples are numbered through the whole run, over windows
+and stages, so that a pass visits each of its blocks once wherever a stage ends; every pass has its own permutation.
 
 The keyed permutation is a balanced Feistel network on the next even number of bits with cycle walking.
 Source: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3 (cycle walking) and 5
@@ -19,12 +21,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 
 import numpy as np
 
-ORDER_VERSION = 1  # stored in every checkpoint; a change of anything below is a new number
+ORDER_VERSION = 2  # stored in every checkpoint; a change of anything below is a new number
 _NUM_ROUNDS = 8
 _CHUNK = 1 << 16  # samples handled at once: the working arrays stay in the CPU cache
+_MAX_WINDOWS_KEPT = 64
 
 
 def derive_key(*parts: int | str) -> int:
@@ -40,13 +44,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def permute(indices: np.ndarray, size: int, keys: np.ndarray | int) -> np.ndarray:
+def permute(indices: np.ndarray, size: int, keys: np.ndarray | int, inverse: bool = False) -> np.ndarray:
     """A keyed pseudo-random permutation of range(size).
 
     Args:
         indices: integers in [0, size).
         size: length of the permuted range.
         keys: one 64-bit key, or one for each index.
+        inverse: undo the permutation of the same key.
     Returns:
         int64 array: for a fixed key, every number of range(size) once as the indices run through it.
     """
@@ -56,61 +61,76 @@ def permute(indices: np.ndarray, size: int, keys: np.ndarray | int) -> np.ndarra
         return np.zeros(indices.shape, dtype=np.int64)
     half = np.uint64(((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
-    values = indices.copy()
-    todo = np.arange(values.size)
-    current, key = values.ravel(), keys.ravel()
-    result = current.copy()
-    walking = current
+    rounds = range(_NUM_ROUNDS, 0, -1) if inverse else range(1, _NUM_ROUNDS + 1)
+    todo = np.arange(indices.size)
+    walking, key = indices.ravel(), keys.ravel()
+    result = walking.copy()
     with np.errstate(over="ignore"):
         while todo.size:
             left, right = walking >> half, walking & mask
-            for round_number in range(_NUM_ROUNDS):
-                tweak = key + np.uint64((0x9E3779B97F4A7C15 * (round_number + 1)) % 2**64)
+            if inverse:
+                left, right = right, left
+            for number in rounds:
+                tweak = key + np.uint64((0x9E3779B97F4A7C15 * number) % 2**64)
                 left, right = right, left ^ (_mix(right + tweak) & mask)
+            if inverse:
+                left, right = right, left
             walking = (left << half) | right
             inside = walking < np.uint64(size)
             result[todo[inside]] = walking[inside]
-            outside = ~inside  # cycle walking: encrypt again until the value falls into the range
+            outside = ~inside  # cycle walking: once more until the value falls into the range
             todo, walking, key = todo[outside], walking[outside], key[outside]
     return result.reshape(indices.shape).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class OrderSource:
-    """One dataset of the mixture as the order sees it."""
+    """One dataset of the run as the order sees it."""
 
     num_blocks: int
-    weight: Fraction
+
+
+@dataclass(frozen=True)
+class OrderStage:
+    """A part of the run with one mixture: `shares` of the sources sum to 1; the last stage has no end (None)."""
+
+    num_samples: int | None
+    shares: tuple[Fraction, ...]
 
 
 class Order:
     """The order of prepared blocks for a whole run.
 
     Args:
-        sources: datasets of the mixture, each with at least one block; weights on any scale.
+        sources: all datasets of the run, each with at least one block.
+        stages: one after the other; only the last may have no end.
         seed: the recipe's data seed.
         shuffle: False gives each dataset's written order (a mixture still interleaves its datasets).
     """
 
-    def __init__(self, sources: list[OrderSource], seed: int, shuffle: bool = True):
-        assert sources and all(s.num_blocks > 0 and s.weight > 0 for s in sources)
-        total = sum(s.weight for s in sources)
+    def __init__(self, sources: list[OrderSource], stages: list[OrderStage], seed: int, shuffle: bool = True):
+        assert sources and stages and all(s.num_blocks > 0 for s in sources)
+        assert all(sum(s.shares) == 1 and len(s.shares) == len(sources) and min(s.shares) >= 0 for s in stages)
         self.sources = sources
         self.seed = seed
         self.shuffle = shuffle
-        self.shares = [s.weight / total for s in sources]
-        self.cumulative = [sum(self.shares[: j + 1], Fraction(0)) for j in range(len(sources))]
-        need = max(1024, int(2 / min(self.shares)) + 1)
-        self.window = 1 << (need - 1).bit_length()
+        self._parts: list[_Part] = []
+        first, base = 0, [0] * len(sources)
+        for index, stage in enumerate(stages):
+            part = _Part(first, stage, base, derive_key(seed, "stage", index))
+            self._parts.append(part)
+            if stage.num_samples is not None:
+                first, base = first + stage.num_samples, part.counts_before(stage.num_samples)
 
-    def counts_before(self, num_samples: int) -> list[int]:
-        """How many samples each dataset has had before sample `num_samples`, a multiple of the window."""
-        borders = [0] + [_round(c * num_samples) for c in self.cumulative]
-        return [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    def counts_before(self, sample: int) -> list[int]:
+        """How many samples each dataset has had before sample number `sample`."""
+        part = self._parts[self._part_of(sample)]
+        return part.counts_before(sample - part.first)
 
-    def passes(self, num_samples: int) -> list[float]:
-        """How often a run of `num_samples` samples passes over each dataset."""
-        return [float(share * num_samples / s.num_blocks) for share, s in zip(self.shares, self.sources, strict=True)]
+    def passes(self, sample: int) -> list[float]:
+        """How often each dataset has been passed over before sample number `sample`."""
+        counts = self.counts_before(sample)
+        return [count / source.num_blocks for count, source in zip(counts, self.sources, strict=True)]
 
     def block_at(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of some samples.
@@ -122,13 +142,31 @@ class Order:
         """
         samples = np.asarray(samples, dtype=np.int64)
         flat = samples.ravel()
-        parts = [self._block_at(flat[i : i + _CHUNK]) for i in range(0, flat.size, _CHUNK)]
-        dataset = np.concatenate([p[0] for p in parts]) if parts else np.zeros(0, np.int64)
-        block = np.concatenate([p[1] for p in parts]) if parts else np.zeros(0, np.int64)
+        dataset, block = np.empty_like(flat), np.empty_like(flat)
+        for i in range(0, flat.size, _CHUNK):
+            here = slice(i, i + _CHUNK)
+            dataset[here], block[here] = self._block_at(flat[here])
         return dataset.reshape(samples.shape), block.reshape(samples.shape)
 
+    def samples_of(self, dataset: int, block: int, end_sample: int) -> list[int]:
+        """Every sample number below `end_sample` that is this block, ascending: one in each pass over its dataset."""
+        size, found = self.sources[dataset].num_blocks, []
+        most = self.counts_before(end_sample)[dataset]
+        for number in count():
+            within = block
+            if self.shuffle:
+                within = int(permute(np.array([block]), size, self._pass_key(dataset, number), inverse=True)[0])
+            if number * size + within >= most:
+                return found
+            found.append(self._sample_of(dataset, number * size + within))
+
     def _block_at(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        dataset, ordinal = self._source_and_ordinal(samples)
+        dataset, ordinal = np.empty_like(samples), np.empty_like(samples)
+        firsts = np.array([part.first for part in self._parts])
+        stages = np.searchsorted(firsts, samples, side="right") - 1
+        for s in np.unique(stages):
+            here = stages == s
+            dataset[here], ordinal[here] = self._parts[s].source_and_ordinal(samples[here] - firsts[s])
         block = np.empty_like(ordinal)
         for j, source in enumerate(self.sources):
             mine = dataset == j
@@ -136,35 +174,95 @@ class Order:
             if self.shuffle:
                 keys = np.zeros(number.shape, dtype=np.uint64)
                 for p in np.unique(number):
-                    keys[number == p] = derive_key(self.seed, "pass", j, int(p))
+                    keys[number == p] = self._pass_key(j, int(p))
                 within = permute(within, source.num_blocks, keys)
             block[mine] = within
         return dataset, block
 
-    def _source_and_ordinal(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each sample its dataset, and which sample of that dataset it is, counted from the start of the run."""
-        if len(self.sources) == 1:
-            return np.zeros_like(samples), samples.copy()
+    def _sample_of(self, dataset: int, ordinal: int) -> int:
+        """The sample that is the dataset's `ordinal`-th of the run."""
+        part = next(p for p in reversed(self._parts) if p.base[dataset] <= ordinal and p.shares[dataset])
+        return part.first + part.slot_of(dataset, ordinal)
+
+    def _part_of(self, sample: int) -> int:
+        return max(i for i, part in enumerate(self._parts) if part.first <= sample)
+
+    def _pass_key(self, dataset: int, number: int) -> int:
+        return derive_key(self.seed, "pass", dataset, number)
+
+
+class _Part:
+    """One stage inside the order: which dataset each of its samples is of, and the how-manieth of that dataset."""
+
+    def __init__(self, first: int, stage: OrderStage, base: list[int], key: int):
+        self.first = first  # its first sample in the run
+        self.shares = stage.shares
+        self.base = base  # samples of each dataset before the stage
+        self.key = key
+        self.cumulative = [sum(self.shares[: j + 1], Fraction(0)) for j in range(len(self.shares))]
+        need = max(1024, int(2 / min(share for share in self.shares if share)) + 1)
+        self.window = 1 << (need - 1).bit_length()
+        self.only = self.shares.index(1) if 1 in self.shares else None
+        self._dealt: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def counts_before(self, num_samples: int) -> list[int]:
+        """Samples of each dataset before the stage's sample `num_samples`, those of earlier stages included."""
+        window, slot = divmod(num_samples, self.window)
+        counts = [a + b for a, b in zip(self.base, self._at_border(window), strict=True)]
+        if slot:
+            inside = np.bincount(self._deal(window)[0][:slot], minlength=len(counts))
+            counts = [a + int(b) for a, b in zip(counts, inside, strict=True)]
+        return counts
+
+    def source_and_ordinal(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each sample of the stage its dataset, and which sample of that dataset it is in the run."""
+        if self.only is not None:
+            return np.full_like(samples, self.only), samples + self.base[self.only]
         dataset, ordinal = np.empty_like(samples), np.empty_like(samples)
         windows, slots = np.divmod(samples, self.window)
         for w in np.unique(windows):
             here = windows == w
-            before = np.array(self.counts_before(int(w) * self.window))
-            after = np.array(self.counts_before((int(w) + 1) * self.window))
-            first_slot = np.concatenate([[0], np.cumsum(after - before)])
-            key = derive_key(self.seed, "window", int(w))
-            if self.shuffle:
-                slot = permute(slots[here], self.window, key)
-                which = np.searchsorted(first_slot, slot, side="right") - 1
-                dataset[here], ordinal[here] = which, before[which] + slot - first_slot[which]
-            else:  # the datasets are interleaved, and each keeps its own order: its samples are numbered as they come
-                every = np.searchsorted(first_slot, permute(np.arange(self.window), self.window, key), side="right") - 1
-                rank = np.empty(self.window, dtype=np.int64)
-                for j in range(len(self.sources)):
-                    rank[every == j] = np.arange(np.count_nonzero(every == j))
-                which = every[slots[here]]
-                dataset[here], ordinal[here] = which, before[which] + rank[slots[here]]
+            dealt, rank = self._deal(int(w))
+            before = np.array(self.base) + self._at_border(int(w))
+            which = dealt[slots[here]]
+            dataset[here], ordinal[here] = which, before[which] + rank[slots[here]]
         return dataset, ordinal
+
+    def slot_of(self, dataset: int, ordinal: int) -> int:
+        """The way back: the stage's sample that is the dataset's `ordinal`-th of the run."""
+        ordinal -= self.base[dataset]
+        if self.only is not None:
+            return ordinal
+        low, high = 0, 1
+        while self._at_border(high)[dataset] <= ordinal:
+            high *= 2
+        while low + 1 < high:  # the last window before which the dataset has had at most `ordinal` samples
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._at_border(middle)[dataset] <= ordinal else (low, middle)
+        dealt, _ = self._deal(low)
+        slots = np.flatnonzero(dealt == dataset)
+        return low * self.window + int(slots[ordinal - self._at_border(low)[dataset]])
+
+    def _at_border(self, window: int) -> list[int]:
+        """Samples of each dataset in the stage before a window."""
+        borders = [0] + [_round(c * window * self.window) for c in self.cumulative]
+        return [b - a for a, b in zip(borders, borders[1:], strict=False)]
+
+    def _deal(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each slot of a window its dataset, and how many slots of that dataset lie before it."""
+        if window not in self._dealt:
+            before, after = np.array(self._at_border(window)), np.array(self._at_border(window + 1))
+            first_slot = np.concatenate([[0], np.cumsum(after - before)])
+            slots = permute(np.arange(self.window), self.window, derive_key(self.key, "window", window))
+            dealt = np.searchsorted(first_slot, slots, side="right") - 1
+            rank = np.empty(self.window, dtype=np.int64)
+            for j in range(len(self.shares)):
+                mine = dealt == j
+                rank[mine] = np.arange(np.count_nonzero(mine))
+            if len(self._dealt) >= _MAX_WINDOWS_KEPT:
+                self._dealt.clear()
+            self._dealt[window] = dealt, rank
+        return self._dealt[window]
 
 
 def _round(x: Fraction) -> int:

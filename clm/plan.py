@@ -1,24 +1,29 @@
 """Everything a run will be, worked out before the model exists: data, batch, steps, schedule, disk.
 
 In: a recipe and the number of processes. Out: a `Plan`, or a RecipeError that names all problems at once.
-`describe_plan` is what `--dry-run` prints. No GPU is needed, and no weight is allocated.
+No GPU is needed, and no weight is allocated.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clm.arguments import DEFAULTS, check_training, scheduler_kwargs
+from clm.arguments import check_training
 from clm.dataset import ValidationRows
+from clm.document_mask import DocumentMask
 from clm.inputs import CatalogueSplit, load_model_config, load_tokenizer, open_mixture, open_validation
-from clm.model import check_model, check_samples, choose_attention, count_parameters
-from clm.order import Order, OrderSource
+from clm.layout import lay_out, make_order, make_timeline
+from clm.model import check_model, check_samples, choose_attention, count_parameters, with_rope
+from clm.order import Order
 from clm.recipe import Recipe
+from clm.run_folder import list_checkpoints
+from clm.schedule import learning_rate_factor
+from clm.spikes import check_policy
+from clm.timeline import Ranges, Stage, Timeline
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
 from data_prep.paths import runs_dir
@@ -30,17 +35,18 @@ if TYPE_CHECKING:
 BYTES_PER_PARAMETER = 4  # fp32 master weights
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """A resolved run. T = data.block_size; a sample is one prepared block, a row is T tokens.
+    """A resolved run. T = a stage's block_size; a sample is one prepared block, a row is T tokens.
 
     Only a dry run can have a CatalogueSplit, no config, no tokenizer, or `unchecked` sentences.
     """
 
     recipe: Recipe
     training: dict[str, Any]  # checked values of the training section
-    splits: list[Blocks | CatalogueSplit]
+    splits: list[Blocks | CatalogueSplit]  # one for each of recipe.data.datasets
     validation: list[ValidationRows]
+    timeline: Timeline
     order: Order
     config: PretrainedConfig | None
     tokenizer: PreTrainedTokenizerBase | None
@@ -50,8 +56,6 @@ class Plan:
     precision_reason: str
     attention: str
     attention_reason: str
-    gradient_accumulation_steps: int
-    num_steps: int
     unchecked: list[str]
 
     @property
@@ -60,25 +64,29 @@ class Plan:
         return runs_dir() / self.recipe.name
 
     @property
-    def tokens_per_step(self) -> int:
-        """The global batch."""
-        return self.recipe.data.tokens_per_step
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.timeline.num_steps
 
     @property
     def prepared_block_size(self) -> int:
-        """Tokens of one prepared block, a multiple of the recipe's block_size."""
+        """Tokens of one prepared block, a multiple of each stage's block_size."""
         return self.splits[0].block_size
 
     @property
-    def samples_per_step(self) -> int:
-        """Prepared blocks between two optimizer steps, over all processes."""
-        return self.tokens_per_step // self.prepared_block_size
-
-    @property
     def samples_per_micro_batch(self) -> int:
-        """Prepared blocks that one device sees in one forward."""
+        """Prepared blocks that one device sees in one forward, the same in all stages."""
         rows = self.training["per_device_train_batch_size"]
         return rows * self.recipe.data.block_size // self.prepared_block_size
+
+    def accumulation(self, stage: Stage) -> int:
+        """Micro-batches of one device between two optimizer steps of a stage."""
+        return stage.samples_per_step // (self.samples_per_micro_batch * self.num_processes)
+
+    @property
+    def document_mask(self) -> DocumentMask | None:
+        """What keeps the documents of a row apart; None without data.document_mask."""
+        return DocumentMask(self.tokenizer.eos_token_id, self.attention) if self.recipe.data.document_mask else None
 
     @property
     def seed(self) -> int:
@@ -88,14 +96,30 @@ class Plan:
     @property
     def data_seed(self) -> int:
         """The order's seed: training.data_seed, else training.seed."""
-        data_seed = self.training.get("data_seed")
-        return self.seed if data_seed is None else data_seed
+        return data_seed(self.training)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies the content of each dataset of the run."""
+        pairs = zip(self.recipe.data.datasets, self.splits, strict=True)
+        return {name: split.manifest.fingerprint for name, split in pairs}
 
     @property
     def checkpoint_bytes(self) -> int:
         """Estimated size of one checkpoint: fp32 weights and the optimizer's two moments."""
         moments = 2 if "8bit" in str(self.training.get("optim", "")) else 8
         return self.num_parameters * (BYTES_PER_PARAMETER + moments)
+
+    def learning_rate_factor(self) -> Callable[[int], float]:
+        """The share of the peak learning rate that the step after k finished ones uses (clm/schedule.py)."""
+        data, run = self.recipe.data, self.recipe.run
+        return learning_rate_factor(self.training, self.timeline, data.tokens_per_step, run.schedule_tokens)
+
+    def excluding(self, excluded: Ranges) -> Plan:
+        """The same run without some samples."""
+        timeline = make_timeline(self.timeline.stages, excluded)
+        order = make_order(timeline, self.splits, self.data_seed, self.recipe.data.shuffle)
+        return replace(self, timeline=timeline, order=order)
 
 
 def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan:
@@ -115,31 +139,31 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     config = load_model_config(recipe, unchecked if dry_run else None)
     tokenizer = load_tokenizer(splits)
     if config is not None and tokenizer is not None:
-        check_model(recipe.model, config, tokenizer, str(splits[0].folder), recipe.data.block_size, problems)
+        check_model(recipe.model, config, tokenizer, str(splits[0].folder), problems)
+        _check_positions(recipe, config)
         check_samples(recipe.run.samples, config, tokenizer, problems)
     validation = open_validation(recipe, splits, training, unchecked if dry_run else None)
-    accumulation = _check_batch(recipe, training, splits, num_processes)
+    stages = []
+    data = recipe.data
+    if splits and len(splits) == len(data.datasets) and all(data.mixture_of(stage) for stage in data.all_stages):
+        stages = lay_out(recipe.data, splits, problems)
+        _check_stages(recipe, training, stages, splits[0], num_processes)
     precision, why_precision = _choose_precision(training, problems)
+    check_policy(recipe, training, precision)
     attention, why_attention = "sdpa", ""
     try:
         attention, why_attention = choose_attention(recipe.model.attention, precision == "bf16", _has_gpu(training))
     except UserError as error:
         problems.messages.append(str(error))
     problems.raise_if_any()
-    seed = training.get("seed", 42)
-    data_seed = training.get("data_seed")
-    weights = [Fraction(str(item.weight)) for item in recipe.data.mixture]
-    order = Order(
-        [OrderSource(s.num_blocks, w) for s, w in zip(splits, weights, strict=True)],
-        seed if data_seed is None else data_seed,
-        recipe.data.shuffle,
-    )
+    timeline = make_timeline(stages)
     plan = Plan(
         recipe=recipe,
         training=training,
         splits=splits,
         validation=validation,
-        order=order,
+        timeline=timeline,
+        order=make_order(timeline, splits, data_seed(training), recipe.data.shuffle),
         config=config,
         tokenizer=tokenizer,
         num_parameters=0 if config is None else count_parameters(config),
@@ -148,8 +172,6 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         precision_reason=why_precision,
         attention=attention,
         attention_reason=why_attention,
-        gradient_accumulation_steps=accumulation,
-        num_steps=math.ceil(recipe.data.tokens / recipe.data.tokens_per_step),
         unchecked=unchecked,
     )
     _check_passes(plan)
@@ -158,23 +180,56 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     return plan
 
 
-def _check_batch(recipe: Recipe, training: dict[str, Any], splits: list[Blocks], num_processes: int) -> int:
-    """Gradient accumulation from the global batch; refuses what does not divide, with the nearest values."""
-    data, problems = recipe.data, recipe.problems
+def _check_positions(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Every stage's rows fit the positions of the model with that stage's RoPE settings."""
+    data, source = recipe.data, recipe.model.config if recipe.model.init == "random" else recipe.model.init
+    for i, item in enumerate(data.all_stages):
+        key = f"data.stages[{i}].rope" if item.rope else "model.rope"
+        try:
+            staged = with_rope(config, {**recipe.model.rope, **item.rope}, key)
+        except UserError as error:
+            recipe.problems.messages.append(f"{recipe.path}: {error}")
+            return
+        size, positions = item.block_size or data.block_size, getattr(staged, "max_position_embeddings", None)
+        if positions is not None and size > positions:
+            recipe.problems.add(
+                f"data.stages[{i}].block_size" if item.block_size else "data.block_size",
+                f"is {size} but {source} has max_position_embeddings {positions}. Set it to at most {positions}, or "
+                "raise it in the config (or by rope: {max_position_embeddings: ...}).",
+            )
+
+
+def data_seed(training: dict[str, Any]) -> int:
+    """training.data_seed, else training.seed."""
+    seed = training.get("data_seed")
+    return training.get("seed", 42) if seed is None else seed
+
+
+def _check_stages(
+    recipe: Recipe, training: dict[str, Any], stages: list[Stage], split: Blocks | CatalogueSplit, num_processes: int
+) -> None:
+    """Rows, micro-batch and global batch of every stage; refuses what does not divide, with the nearest values."""
+    data, problems, prepared = recipe.data, recipe.problems, split.block_size
     rows = training.get("per_device_train_batch_size")
-    if not isinstance(rows, int) or rows < 1 or not splits:
-        return 1
-    prepared = splits[0].block_size
-    if prepared % data.block_size:
-        divisors = [d for d in range(1, prepared + 1) if prepared % d == 0]
-        near = sorted(divisors, key=lambda d: abs(d - data.block_size))[:2]
-        problems.add(
-            "data.block_size",
-            f"is {data.block_size} but {splits[0].folder} has blocks of {prepared}, which it does not divide. "
-            f"Use {' or '.join(map(str, sorted(near)))}, or prepare the data again with --block-size "
-            f"{data.block_size}.",
-        )
-        return 1
+    num_problems = len(problems.messages)
+    for stage in stages:
+        key = f"data.stages[{stage.index}]" if data.stages else "data"
+        if prepared % stage.block_size:
+            divisors = [d for d in range(1, prepared + 1) if prepared % d == 0]
+            near = sorted(divisors, key=lambda d: abs(d - stage.block_size))[:2]
+            problems.add(
+                f"{key}.block_size",
+                f"is {stage.block_size} but {split.folder} has blocks of {prepared}, which it does not divide. "
+                f"Use {' or '.join(map(str, sorted(near)))}, or prepare the data again with --block-size "
+                f"{stage.block_size}.",
+            )
+    if all(stage.schedule for stage in stages):  # then nothing is left for the run's own schedule
+        unused = {"training.lr_scheduler_type": "lr_scheduler_type" in training}
+        unused["run.schedule_tokens"] = recipe.run.schedule_tokens is not None
+        for name in (name for name, is_set in unused.items() if is_set):
+            problems.add(name, "is set but every stage has a schedule of its own. Remove it.")
+    if not isinstance(rows, int) or rows < 1 or len(problems.messages) > num_problems:
+        return
     micro = rows * data.block_size
     if micro % prepared:
         step = prepared // data.block_size
@@ -184,31 +239,39 @@ def _check_batch(recipe: Recipe, training: dict[str, Any], splits: list[Blocks],
             f"is {rows} rows of {data.block_size} but a micro-batch holds whole prepared blocks of {prepared} tokens "
             f"({step} rows). Use {' or '.join(map(str, near))}.",
         )
-        return 1
+        return
     together = micro * num_processes
-    if data.tokens_per_step % together:
-        low = data.tokens_per_step // together * together
-        near = " or ".join(str(v) for v in (low, low + together) if v)
-        problems.add(
-            "data.tokens_per_step",
-            f"is {data.tokens_per_step:,} but must be a multiple of {rows} rows x {data.block_size} tokens x "
-            f"{num_processes} processes = {together:,}. Use {near}, or another per_device_train_batch_size.",
-        )
-        return 1
-    return data.tokens_per_step // together
+    for stage in stages:
+        if stage.tokens_per_step % together:
+            is_own = bool(data.stages) and data.stages[stage.index].tokens_per_step is not None
+            low = stage.tokens_per_step // together * together
+            near = " or ".join(str(v) for v in (low, low + together) if v)
+            problems.add(
+                f"data.stages[{stage.index}].tokens_per_step" if is_own else "data.tokens_per_step",
+                f"is {stage.tokens_per_step:,} but must be a multiple of {rows} rows x {data.block_size} tokens x "
+                f"{num_processes} processes = {together:,}. Use {near}, or another per_device_train_batch_size.",
+            )
+            if not is_own:
+                return
 
 
 def _check_passes(plan: Plan) -> None:
-    limit = plan.recipe.data.max_epochs
-    samples = plan.num_steps * plan.samples_per_step
-    for item, split, passes in zip(plan.recipe.data.mixture, plan.splits, plan.order.passes(samples), strict=True):
+    data, limit = plan.recipe.data, plan.recipe.data.max_epochs
+    every_passes = plan.order.passes(plan.timeline.num_samples)
+    for index, (name, split, passes) in enumerate(zip(data.datasets, plan.splits, every_passes, strict=True)):
         if passes > limit and split.num_tokens:
-            have = split.num_tokens
+            arithmetic = " + ".join(
+                format_count(int(stage.num_tokens * stage.shares[index]))
+                for stage in plan.timeline.stages
+                if stage.shares[index]
+            )
+            remedy = "Give it less"
+            if not data.stages and data.tokens is not None:
+                remedy = f"Set data.tokens to at most {format_count(int(data.tokens * limit / passes))}"
             plan.recipe.problems.add(
-                "data.tokens",
-                f"is {format_count(plan.recipe.data.tokens)}, which passes {passes:.1f} times over {item.dataset} "
-                f"({format_count(have)} tokens) but data.max_epochs is {limit:g}. Set data.tokens to at most "
-                f"{format_count(int(plan.recipe.data.tokens * limit / passes))}, add data, or raise data.max_epochs.",
+                "data.stages" if data.stages else "data.tokens" if data.tokens is not None else data.datasets[name],
+                f"asks for {arithmetic} tokens of {name}, which has {format_count(split.num_tokens)}: {passes:.1f} "
+                f"passes, but data.max_epochs is {limit:g}. {remedy}, add data, or raise data.max_epochs.",
             )
 
 
@@ -216,9 +279,9 @@ def _check_disk(plan: Plan) -> None:
     existing = next(p for p in (plan.run_folder, *plan.run_folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     need = plan.checkpoint_bytes + plan.num_parameters * BYTES_PER_PARAMETER
-    if free < need:
+    if free < need and not list_checkpoints(plan.run_folder):  # with checkpoints, run.retention may make room
         plan.recipe.problems.add(
-            "training.save_total_limit",
+            "run.retention",
             f"needs room for a checkpoint and final/ ({format_bytes(need)}) but {existing} has {format_bytes(free)} "
             "free. Free some, or set RUNS_DIR to another disk.",
         )
@@ -247,64 +310,3 @@ def _choose_precision(training: dict[str, Any], problems: Any) -> tuple[str, str
     if torch.cuda.is_bf16_supported():
         return "bf16", f"{torch.cuda.get_device_name()} has it; weights stay fp32"
     return "fp32", f"{torch.cuda.get_device_name()} has no bf16"
-
-
-def learning_rates(plan: Plan, steps: list[int]) -> list[float]:
-    """The learning rate that optimizer step k (0-based) uses, from the same scheduler that Trainer builds."""
-    import torch
-    from transformers import get_scheduler
-
-    peak = plan.training["learning_rate"]
-    warmup = plan.training.get("warmup_steps", 0) or 0
-    warmup = int(warmup) if warmup >= 1 else math.ceil(plan.num_steps * warmup)
-    scheduler = get_scheduler(
-        plan.training.get("lr_scheduler_type", "linear"),
-        optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak),
-        num_warmup_steps=warmup,
-        num_training_steps=plan.num_steps,
-        scheduler_specific_kwargs=scheduler_kwargs(plan.training, plan.num_steps),
-    )
-    return [peak * scheduler.lr_lambdas[0](step) for step in steps]
-
-
-def describe_plan(plan: Plan) -> str:
-    """What `--dry-run` prints: the whole run in numbers, products written out."""
-    data, last = plan.recipe.data, plan.num_steps - 1
-    rows = plan.training["per_device_train_batch_size"]
-    marks = sorted({0, plan.num_steps // 10, plan.num_steps // 2, last})
-    rates = "   ".join(f"step {s:,}: {rate:.3g}" for s, rate in zip(marks, learning_rates(plan, marks), strict=True))
-    samples = plan.num_steps * plan.samples_per_step
-    keep = plan.training.get("save_total_limit", DEFAULTS["save_total_limit"])
-    weights = "random weights" if plan.recipe.model.init == "random" else f"weights of {plan.recipe.model.init}"
-    lines = [
-        f"run          {plan.recipe.name} -> {plan.run_folder}",
-        f"model        {weights}"
-        if plan.config is None
-        else f"model        {plan.config.model_type}, {plan.num_parameters:,} parameters "
-        f"({plan.num_parameters / 1e6:.2f} x 10^6, {plan.num_parameters / 2**20:.2f} x 2^20), {weights}",
-        f"precision    {plan.precision}: {plan.precision_reason}",
-        f"attention    {plan.attention}: {plan.attention_reason}",
-        f"batch        {rows} rows x {data.block_size} tokens x {plan.num_processes} processes x "
-        f"{plan.gradient_accumulation_steps} accumulation = {plan.tokens_per_step:,} tokens per step",
-        f"length       ceil({data.tokens:,} tokens / {plan.tokens_per_step:,}) = {plan.num_steps:,} steps "
-        f"= {plan.num_steps * plan.tokens_per_step:,} tokens",
-        f"schedule     {plan.training.get('lr_scheduler_type', 'linear')}   {rates}",
-    ]
-    for item, split, share, passes in zip(
-        data.mixture, plan.splits, plan.order.shares, plan.order.passes(samples), strict=True
-    ):
-        size = f"{split.num_tokens:,} tokens, {passes:.3f} passes" if split.num_tokens else "size not known yet"
-        lines.append(
-            f"data         {item.dataset}: {100 * float(share):.4g} % of the run, blocks of {split.block_size}, {size}"
-        )
-    for rows_ in plan.validation:
-        lines.append(f"validation   {rows_.name}: {rows_.num_rows * data.block_size:,} tokens")
-    if not plan.validation:
-        lines.append("validation   none" + (" yet" if plan.unchecked else ""))
-    if plan.num_parameters:
-        lines.append(
-            f"disk         up to {keep} + 1 checkpoints of about {format_bytes(plan.checkpoint_bytes)} and final/ of "
-            f"{format_bytes(plan.num_parameters * BYTES_PER_PARAMETER)} under {plan.run_folder}"
-        )
-    lines += [f"not checked  {sentence}" for sentence in plan.unchecked]
-    return "\n".join(lines)

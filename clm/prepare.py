@@ -11,19 +11,19 @@ import subprocess
 import sys
 
 from clm.recipe import Recipe, load_recipe
-from data_prep.catalog import entry_names, load_entry
+from data_prep.catalog import entry_names, load_entry, split_bucket
 from data_prep.errors import UserError
 from data_prep.paths import dataset_folder
 
 
 def prepared_block_size(name: str, block_size: int) -> int:
-    """The block size to prepare a listed dataset with: its own where the recipe's divides it, else the recipe's."""
-    own = load_entry(name).default_block_size
+    """The block size to prepare a listed name with: its own where the recipe's divides it, else the recipe's."""
+    own = load_entry(split_bucket(name)[0]).default_block_size
     return own if own % block_size == 0 else block_size
 
 
 def prep_commands(recipe: Recipe) -> list[list[str]]:
-    """The arguments of `python -m data_prep` for each dataset, in order.
+    """The arguments of `python -m data_prep` for each dataset, in order; all buckets of a dataset are one command.
 
     A listed dataset keeps its own block size where the recipe's divides it, so that this makes the same folder as
     `make prep DATASET=...`. A tokenizer that is to be trained is trained on the first dataset and used for the others.
@@ -31,24 +31,28 @@ def prep_commands(recipe: Recipe) -> list[list[str]]:
     Raises:
         UserError: a dataset that is neither listed nor prepared: its text is not known here.
     """
-    names = [item.dataset for item in recipe.data.mixture]
+    names = list(recipe.data.datasets)
     names += [item.dataset for item in recipe.data.validation or () if item.dataset not in names]
     commands: list[list[str]] = []
     for name in names:
         folder = dataset_folder(name)
-        if name not in entry_names():
+        dataset, bucket = split_bucket(name)
+        if dataset not in entry_names():
             if (folder / "manifest.json").is_file():
                 continue
             raise UserError(
                 f"{recipe.path}: {name} is neither a listed dataset nor prepared in {folder}. Prepare its text first: "
                 f"python -m data_prep prep <files or Hub id> --block-size {recipe.data.block_size} --out {folder}"
             )
+        out = str(folder.parent if bucket else folder)
+        if bucket and any(command[1].startswith(f"{dataset}/") and command[-1] == out for command in commands):
+            continue
         tokenizer = recipe.data.tokenizer
         if tokenizer and tokenizer.startswith("train:") and commands:
             tokenizer = str(dataset_folder(names[0]) / "tokenizer")
         command = ["prep", name, "--block-size", str(prepared_block_size(name, recipe.data.block_size))]
         command += ["--tokenizer", tokenizer] if tokenizer else []
-        commands.append([*command, "--out", str(folder)])
+        commands.append([*command, "--out", out])
     return commands
 
 

@@ -96,6 +96,31 @@ def read_count(raw: dict, key: str, problems: Problems, default: int | None = No
     return count
 
 
+def read_optional_count(raw: dict, key: str, problems: Problems) -> int | None:
+    """As read_count; None where the key is not set."""
+    return None if raw.get(key.rpartition(".")[2]) is None else read_count(raw, key, problems)
+
+
+def read_not_negative(
+    raw: dict, key: str, default: int, problems: Problems, what: str = "a whole number, not negative"
+) -> int:
+    """A whole number of at least 0."""
+    value = raw.get(key.rpartition(".")[2], default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        problems.add(key, f"is {value!r} but must be {what}.")
+        return default
+    return value
+
+
+def read_choice(raw: dict, key: str, default: str | None, choices: tuple[str, ...], problems: Problems) -> str | None:
+    """One of some names."""
+    value = raw.get(key.rpartition(".")[2], default)
+    if value not in choices:
+        problems.unknown(key, str(value), choices, f"is {value!r}, unknown" if value is not None else "is missing")
+        return default
+    return value
+
+
 def read_positive_number(raw: dict, key: str, default: float, problems: Problems) -> float:
     """A finite number above 0."""
     value = raw.get(key.rpartition(".")[2], default)

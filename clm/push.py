@@ -8,9 +8,13 @@ repeated.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clm.run_folder import find_run, model_folder, read_recipe
 from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from clm.trainer import ClmTrainer
 
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
@@ -152,3 +156,39 @@ def push_run(name: str, repo_id: str | None, private: bool | None, revision: str
     private = training.get("hub_private_repo") if private is None else private
     url = push_folder(folder, repo_id, private, revision or training.get("hub_revision"))
     print(url)
+
+
+def push_checkpoint(trainer: ClmTrainer, folder: Path, facts: dict[str, Any]) -> None:
+    """Push a finished checkpoint as hub_strategy says. A failing push is reported and never ends the training."""
+    from clm.checkpoint import RESUME_ONLY
+    from clm.metrics import log
+
+    args = trainer.args
+    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
+    where = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": folder.name}
+    if strategy not in where:
+        return  # "end": only final/ is pushed
+    try:
+        push_folder(
+            folder,
+            trainer.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            commit_message=f"Step {facts['step']}, {facts['tokens']} tokens",
+            path_in_repo=where[strategy],
+            ignore_patterns=list(RESUME_ONLY) if strategy == "every_save" else None,
+        )
+    except UserError as error:
+        log.warning("The push of %s failed, training goes on: %s", folder, error)
+
+
+def push_final(trainer: ClmTrainer, final: Path) -> None:
+    """Push final/ at the end of a run; a failing push names the command that repeats it."""
+    from clm.metrics import log
+
+    args = trainer.args
+    try:
+        url = push_folder(final, trainer.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
+        log.info("pushed to %s", url)
+    except UserError as error:
+        log.warning("The push failed: %s\nPush it later: make push RUN=%s", error, trainer.plan.recipe.name)

@@ -8,6 +8,7 @@ dataset's ids.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 from clm.run_folder import find_run, last_evaluation, model_folder, read_metrics, read_recipe
 from data_prep.blocks import NO_TARGET, Blocks
 from data_prep.errors import UserError
+from data_prep.manifest import load_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -52,23 +54,38 @@ def iter_rows(
         yield tokens[:, :-1].reshape(-1, block_size)[wanted], tokens[:, 1:].reshape(-1, block_size)[wanted]
 
 
+def separate_documents(inputs: np.ndarray, targets: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Document masking by the book: positions that restart behind each EOS, and no target where EOS is the input."""
+    positions = np.empty_like(inputs)
+    for row, found in zip(inputs, positions, strict=True):
+        starts = [0, *(np.flatnonzero(row[:-1] == eos) + 1), len(row)]
+        found[:] = np.concatenate([np.arange(end - start) for start, end in pairwise(starts)])
+    return positions, np.where(inputs == eos, NO_TARGET, targets)
+
+
 def compute_loss(
-    model: PreTrainedModel, folder: Path, block_size: int, num_rows: int, precision: str
+    model: PreTrainedModel, folder: Path, block_size: int, num_rows: int, precision: str, is_masked: bool = False
 ) -> tuple[float, int]:
     """Summed negative log likelihood (nats) of the first rows of a validation split, and the number of targets.
 
     Args:
         precision: fp32, or bf16 for autocast as in training.
+        is_masked: the run had data.document_mask.
     """
     import torch
 
-    rows_at_once = max(1, _LOGITS // (model.config.vocab_size * block_size))
+    rows_at_once = max(1, _LOGITS // (max(model.config.vocab_size, block_size) * block_size))
+    eos = load_manifest(folder).tokenizer.eos_token_id
     total, count = 0.0, 0
     with torch.no_grad():
         for inputs, targets in iter_rows(folder, block_size, num_rows, rows_at_once):
+            positions = None
+            if is_masked:
+                positions, targets = separate_documents(inputs, targets, eos)
+                positions = torch.from_numpy(positions).to(model.device)
             ids, labels = (torch.from_numpy(array).to(model.device) for array in (inputs, targets))
             with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(ids, use_cache=False).logits
+                logits = model(ids, position_ids=positions, use_cache=False).logits
             total += _summed_loss(logits, labels)
             count += int((targets != NO_TARGET).sum())
     return total, count
@@ -134,7 +151,12 @@ def reload_run(name: str) -> int:
     for item in sets:
         block_size = recipe["data"]["block_size"]
         nats, targets = compute_loss(
-            model, Path(item["folder"]), block_size, item["num_tokens"] // block_size, precision
+            model,
+            Path(item["folder"]),
+            block_size,
+            item["num_tokens"] // block_size,
+            precision,
+            recipe["data"].get("document_mask", False),
         )
         total, count = total + nats, count + targets
         if len(sets) > 1:

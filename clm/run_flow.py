@@ -1,6 +1,6 @@
-"""When a run logs, evaluates and saves, and what a checkpoint between two log points remembers.
+"""When a run logs, evaluates and saves, where its stages end, and what a checkpoint between two log points remembers.
 
-In: Trainer's events. Out: its control flags.
+In: Trainer's events. Out: its control flags, and one line per stage in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypedDict
 
 from transformers import TrainerCallback
+
+from clm.document_mask import check_run
+from clm.preflight import run_preflight
 
 if TYPE_CHECKING:
     from clm.trainer import ClmTrainer
@@ -24,7 +27,8 @@ class RunFlow(TrainerCallback):
     """When to log, evaluate and save, where stock decides otherwise.
 
     On resume stock takes save_steps and logging_steps from the checkpoint; here the recipe's present values hold. The
-    last step is always logged, evaluated and saved.
+    last step of a stage is always evaluated and saved: the next one begins from that checkpoint. The run's last step is
+    also logged.
     """
 
     def __init__(self, pending_loss: PendingLoss | None, trainer: ClmTrainer):
@@ -35,9 +39,21 @@ class RunFlow(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if self.pending_loss is not None:
             self.trainer.restore_pending_loss(self.pending_loss)
+        if self.trainer.plan.document_mask is not None:
+            check_run(self.trainer)
+        self.trainer.saver.clean_up(state.global_step)  # run.retention may have changed
+        if state.global_step == 0 and args.save_strategy != "no" and self.trainer.plan.recipe.run.preflight:
+            run_preflight(self.trainer.saver, kwargs["model"])
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
-            control.should_save = args.save_strategy != "no"
+        self.trainer.saver.stop_if_full()
+        if state.global_step < self.trainer.stage.last_step:
+            return
+        is_end = state.global_step >= state.max_steps
+        control.should_log = control.should_log or is_end
+        control.should_evaluate = args.eval_strategy != "no"
+        control.should_save = args.save_strategy != "no" or not is_end
+        if not is_end:
+            self.trainer.outcome = "border"
+            control.should_training_stop = True
+        self.trainer.write_stage()

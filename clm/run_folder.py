@@ -16,7 +16,8 @@ from clm.recipe_yaml import YamlProblem, load_yaml
 from data_prep.errors import UserError, nearest
 from data_prep.paths import runs_dir
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+PREFIX, MANIFEST = "checkpoint-", "checkpoint.json"  # resumable; its manifest is written last
+WEIGHTS_PREFIX, WEIGHTS_MANIFEST = "weights-", "weights.json"  # a checkpoint that was reduced to its weights
 
 
 def find_run(name_or_path: str | Path) -> Path:
@@ -94,23 +95,33 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
     Complete means that checkpoint.json, which is written last, is there.
     """
+    return _list_folders(run, PREFIX, MANIFEST)
+
+
+def list_weights(run: Path) -> list[tuple[int, Path]]:
+    """The weights-only checkpoints as (step, folder), by step number."""
+    return _list_folders(run, WEIGHTS_PREFIX, WEIGHTS_MANIFEST)
+
+
+def _list_folders(run: Path, prefix: str, manifest: str) -> list[tuple[int, Path]]:
     found = []
-    for path in run.glob("checkpoint-*"):
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match and (path / "checkpoint.json").is_file():
+    for path in run.glob(f"{prefix}*"):
+        match = re.fullmatch(rf"{prefix}(\d+)", path.name)
+        if match and (path / manifest).is_file():
             found.append((int(match[1]), path))
     return sorted(found)
 
 
 def model_folder(run: Path, checkpoint: int | None = None) -> Path:
-    """The folder to load the model from: final/, or one checkpoint.
+    """The folder to load the model from: final/, or one checkpoint, which may hold weights only.
 
     Raises:
         UserError: it does not exist; says what does, and how to use it.
     """
-    steps = [step for step, _ in list_checkpoints(run)]
+    folders = {**dict(list_weights(run)), **dict(list_checkpoints(run))}
+    steps = sorted(folders)
     if checkpoint is not None:
-        folder = run / f"checkpoint-{checkpoint}"
+        folder = folders.get(checkpoint, run / f"{PREFIX}{checkpoint}")
         if checkpoint not in steps:
             there = f"Complete checkpoints: {', '.join(map(str, steps))}." if steps else "It has no complete one yet."
             raise UserError(f"{folder}: this run has no complete checkpoint of step {checkpoint}. {there}")

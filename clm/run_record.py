@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from clm.arguments import check_training
+from clm.events import append_event
 from clm.recipe import Recipe, load_recipe
 from data_prep.errors import UserError
-from data_prep.paths import runs_dir
+from data_prep.paths import dataset_folder, runs_dir
 
 RECORD = "recipe.yaml"
 
@@ -29,6 +30,12 @@ FREE_KEYS = {
     "data.max_epochs",
     "data.tokenizer",  # what prep uses; the prepared data is compared by its fingerprint
     "run.samples",
+    "run.retention",
+    "run.spikes",
+    "run.preflight",
+    "run.full_disk",
+    "run.save_in_background",
+    "run.record_blocks",
 }
 FREE_TRAINING_KEYS = {
     "per_device_train_batch_size",
@@ -40,7 +47,6 @@ FREE_TRAINING_KEYS = {
     "eval_delay",
     "save_steps",
     "save_strategy",
-    "save_total_limit",
     "report_to",
     "disable_tqdm",
     "use_cpu",
@@ -68,67 +74,78 @@ FREE_TRAINING_KEYS = {
 FREE_PREFIXES = ("dataloader_", "hub_", "push_to_hub", "trackio_")
 
 
-def is_finished(recipe: Recipe) -> bool:
+def is_finished(recipe: Recipe, allow_changes: bool = False) -> bool:
     """Whether runs/<name>/final exists, which is written last; needs no torch.
 
     Raises:
-        UserError: the recipe has a mistake, or the run folder belongs to another recipe.
+        UserError: the recipe has a mistake, or the run folder belongs to another recipe and that is not allowed.
     """
     run = runs_dir() / recipe.name
-    try:
-        check_same_recipe(recipe, run)
-    except UserError:
+    changes = recipe_changes(recipe, run)
+    if changes and not allow_changes:
         check_training(recipe)  # a misspelt key is a difference too, but not what the user needs to hear
         recipe.problems.raise_if_any()
-        raise
+        raise UserError(
+            f"{run} belongs to another recipe:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + "\nNothing was changed. Give this run its own folder with "
+            f"training.run_name={recipe.name}-2, or put the values back, or, if the run is to go on with the new ones "
+            "from its newest checkpoint, add --allow-changes. To train longer: make extend."
+        )
     return (run / "final").is_dir()
 
 
-def check_same_recipe(recipe: Recipe, run: Path) -> None:
-    """Refuse a run folder that another recipe made.
-
-    Raises:
-        UserError: lists every key that differs, with both values.
-    """
+def recipe_changes(recipe: Recipe, run: Path) -> list[str]:
+    """Every key with both values in which a recipe differs from the one that the run folder was made by."""
     record = run / RECORD
     if not record.is_file():
-        return
+        return []
     before = _flatten(load_recipe(record).to_dict())
     now = _flatten(recipe.to_dict())
     missing = object()
-    different = [
-        f"  {key}: {before.get(key, 'not set')!r} in the run, {now.get(key, 'not set')!r} in {recipe.path}"
+    return [
+        f"{key}: {before.get(key, 'not set')!r} in the run, {now.get(key, 'not set')!r} in {recipe.path}"
         for key in sorted({*before, *now})
         if before.get(key, missing) != now.get(key, missing) and not _may_change(key)
     ]
-    if different:
-        raise UserError(
-            f"{run} belongs to another recipe:\n"
-            + "\n".join(different)
-            + "\nNothing was changed. Give this run its own "
-            f"folder with training.run_name={recipe.name}-2, or put the values back, or delete {run}."
-        )
 
 
-def check_same_data(plan: Any) -> None:
-    """Refuse to continue on data that was prepared anew with another content.
+def data_changes(plan: Any) -> list[str]:
+    """Every dataset with both fingerprints that was prepared anew with another content since the run began."""
+    record = plan.run_folder / RECORD
+    if not record.is_file():
+        return []
+    resolved = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}).get("resolved") or {}
+    before = {entry["name"]: entry["fingerprint"] for entry in resolved.get("datasets", [])}
+    return [
+        f"{dataset_folder(name)}: fingerprint {before[name][:12]} in the run, {now[:12]} now"
+        for name, now in plan.fingerprints.items()
+        if before.get(name, now) != now
+    ]
+
+
+def check_same_data(plan: Any, allow_changes: bool = False) -> None:
+    """Refuse to continue on other data unless that is allowed.
 
     Raises:
         UserError: names the dataset and both fingerprints.
     """
-    record = plan.run_folder / RECORD
-    if not record.is_file():
-        return
-    resolved = (yaml.safe_load(record.read_text(encoding="utf-8")) or {}).get("resolved") or {}
-    before = {entry["name"]: entry["fingerprint"] for entry in resolved.get("datasets", [])}
-    for item, split in zip(plan.recipe.data.mixture, plan.splits, strict=True):
-        known, now = before.get(item.dataset), split.manifest.fingerprint
-        if known is not None and known != now:
-            raise UserError(
-                f"{split.folder}: the data has changed since {plan.run_folder} began (fingerprint {known[:12]} then, "
-                f"{now[:12]} now). Going on would mix two corpora in one curve. Restore the data, or start a new run "
-                f"with training.run_name={plan.recipe.name}-2."
-            )
+    changes = data_changes(plan)
+    if changes and not allow_changes:
+        raise UserError(
+            f"the data has changed since {plan.run_folder} began:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + "\nGoing on would mix two corpora in one curve. Restore the data, or start a new run with "
+            f"training.run_name={plan.recipe.name}-2, or add --allow-changes to go on all the same."
+        )
+
+
+def note_changes(plan: Any) -> list[str]:
+    """Write allowed changes of recipe and data into events.jsonl, once; returns them."""
+    changes = recipe_changes(plan.recipe, plan.run_folder) + data_changes(plan)
+    if changes:
+        append_event(plan.run_folder, {"event": "changed", "changes": changes})
+    return changes
 
 
 def write_record(plan: Any) -> None:
@@ -142,12 +159,25 @@ def write_record(plan: Any) -> None:
 
 def resolve(plan: Any) -> dict[str, Any]:
     """The `resolved:` section."""
+    timeline, names = plan.timeline, list(plan.recipe.data.datasets)
+    counts = plan.order.counts_before(timeline.num_samples)
+    passes = plan.order.passes(timeline.num_samples)
     return {
         "num_processes": plan.num_processes,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "num_steps": plan.num_steps,
-        "tokens_per_step": plan.tokens_per_step,
-        "num_tokens": plan.num_steps * plan.tokens_per_step,
+        "num_tokens": timeline.num_tokens,
+        "stages": [
+            {
+                "name": stage.name,
+                "num_steps": stage.num_steps,
+                "num_tokens": stage.num_tokens,
+                "block_size": stage.block_size,
+                "tokens_per_step": stage.tokens_per_step,
+                "gradient_accumulation_steps": plan.accumulation(stage),
+                "shares": {n: float(s) for n, s in zip(names, stage.shares, strict=True) if s},
+            }
+            for stage in timeline.stages
+        ],
         "num_parameters": plan.num_parameters,
         "precision": plan.precision,
         "attention": plan.attention,
@@ -157,21 +187,15 @@ def resolve(plan: Any) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "datasets": [
             {
-                "name": item.dataset,
+                "name": name,
                 "folder": str(split.folder),
                 "fingerprint": split.manifest.fingerprint,
                 "num_tokens": split.num_tokens,
-                "weight": float(share),
-                "passes": passes,
+                "weight": count / timeline.num_samples,
+                "passes": times,
                 "licence": split.manifest.licence,
             }
-            for item, split, share, passes in zip(
-                plan.recipe.data.mixture,
-                plan.splits,
-                plan.order.shares,
-                plan.order.passes(plan.num_steps * plan.samples_per_step),
-                strict=True,
-            )
+            for name, split, count, times in zip(names, plan.splits, counts, passes, strict=True)
         ],
         "validation": [rows.describe() for rows in plan.validation],
         "init": plan.recipe.model.init,

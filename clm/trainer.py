@@ -5,9 +5,8 @@ Everything else is stock: the training loop, the loss, mixed precision, DDP and 
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,18 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from clm import checkpoint as ckpt
+from clm.block_record import BlockRecord
+from clm.checkpoint import SAVING
 from clm.dataset import OrderSampler, TrainBlocks, ValidationRows, collate
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.metrics import JsonLines, Progress, log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
 from clm.run_flow import PendingLoss, RunFlow
+from clm.saving import Saver
+from clm.signals import shield_workers
+from clm.spikes import SpikeWatch
+from clm.timeline import Stage
 from data_prep.errors import UserError
 from data_prep.token_bytes import token_byte_lengths
 
@@ -31,6 +35,7 @@ class ClmTrainer(Trainer):
 
     Args:
         plan: the resolved run.
+        stage: the stage to train; training ends at its last step.
         model: fp32 model on the CPU.
         args: TrainingArguments made from the plan.
         pending_loss: of the checkpoint that is resumed.
@@ -39,48 +44,72 @@ class ClmTrainer(Trainer):
     def __init__(
         self,
         plan: Plan,
+        stage: Stage,
         model: torch.nn.Module,
         args: TrainingArguments,
         pending_loss: PendingLoss | None = None,
     ):
         self.plan = plan
+        self.stage = stage
+        self.outcome = "finished"  # why training ended: finished, border (of a stage), stopped or rollback
         self.run_folder = plan.run_folder
         self.token_bytes = token_byte_lengths(plan.tokenizer)
         self.metrics_file = JsonLines(self.run_folder / "metrics.jsonl")
-        self._is_saving = False
+        self._evaluated: dict[int, float] = {}  # step -> validation loss, of the newest evaluation
         data = plan.recipe.data
         train = TrainBlocks(
             plan.splits,
             plan.order,
-            data.block_size,
-            plan.num_steps * plan.samples_per_step,
+            stage.block_size,
+            plan.num_steps * stage.samples_per_step,
             plan.seed if data.permute_labels else None,
         )
         as_bar = None if not plan.training.get("disable_tqdm") else False
-        self.progress = Progress(plan.tokens_per_step, show=args.process_index == 0, as_bar=as_bar)
+        self.progress = Progress(stage.tokens_per_step, show=args.process_index == 0, as_bar=as_bar)
         super().__init__(
             model=model,
             args=args,
-            data_collator=collate,
+            data_collator=partial(collate, mask=plan.document_mask, with_samples=plan.recipe.run.record_blocks),
             train_dataset=train,
             eval_dataset=plan.validation or None,
             processing_class=plan.tokenizer,
             callbacks=[self.progress, RunFlow(pending_loss, self)],
         )
+        self.spikes = SpikeWatch(self, args.device)
+        self.block_record = None
+        if plan.recipe.run.record_blocks:
+            self.block_record = BlockRecord(self.run_folder, args.process_index)
+            self.add_callback(self.block_record)
         self.remove_callback(PrinterCallback)
+        self.saver = Saver(self)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderSampler:
         """Replaces the random sampler: sample numbers from the current step on; accelerate deals them out to ranks."""
-        return OrderSampler(self, len(self.train_dataset), self.plan.samples_per_step)
+        return OrderSampler(self, self.plan.timeline, self.stage)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Stock, but the loader has its own generator: otherwise iter(loader) draws a seed from the global one after
-        the resumed RNG state was loaded, and dropout masks differ from those of the uninterrupted run."""
+        the resumed RNG state was loaded, and dropout masks differ from those of the uninterrupted run. And a signal to
+        all processes leaves its workers alive, for the run that saves before it stops."""
         loader = super().get_train_dataloader()
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.plan.data_seed)
+        shield_workers(loader.base_dataloader)
         return loader
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Stock, after noting what is consumed where the recipe asks for it; the loss is also told to the watch."""
+        if self.block_record is not None:
+            self.block_record.note(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.spikes.add_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Stock, and the norm is told to the watch, before the update that it may take back."""
+        self.spikes.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.spikes.grad_norm
 
     # --- optimizer --------------------------------------------------------------------------------------------------
 
@@ -93,11 +122,33 @@ class ClmTrainer(Trainer):
         """6 x parameters x tokens as stock counts it, without its walk over all modules in every micro-step."""
         return 6 * self.plan.num_parameters * inputs["input_ids"].numel()
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Replaces stock's get_scheduler by the plan's one function over all stages, which equals it without stages."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer, self.plan.learning_rate_factor()
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Stock, but the learning rate is that of the present schedule: stock goes on for one step with the saved one,
+        which differs where the run was extended or forked."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler = self.lr_scheduler
+            factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+            scheduler._last_lr = [base * factor for base in scheduler.base_lrs]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Replaces stock evaluation, a mean over batches, by sums over tokens (clm/evaluate.py)."""
-        model = self.model_wrapped if self.is_deepspeed_enabled or self.args.torch_compile else self.model
+        model = self.called_model
         was_training = model.training
         model.eval()
         plain_loss = {"use_cache": False}
@@ -116,14 +167,21 @@ class ClmTrainer(Trainer):
                 self.args.device,
                 self.args.process_index,
                 self.args.world_size,
+                self.plan.document_mask,
             )
 
         metrics = evaluate_sets(self.plan.validation, sum_one)
         model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._evaluated = {self.state.global_step: metrics["eval_loss"]}
         self._after_evaluation(metrics)
         return metrics
+
+    @property
+    def called_model(self) -> torch.nn.Module:
+        """What a forward without gradients goes through: DeepSpeed's engine, the compiled model, or the model."""
+        return self.model_wrapped if self.is_deepspeed_enabled or self.args.torch_compile else self.model
 
     @property
     def eval_batch_rows(self) -> int:
@@ -175,32 +233,39 @@ class ClmTrainer(Trainer):
     @property
     def num_tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.state.global_step * self.plan.tokens_per_step
+        return self.plan.timeline.tokens_before(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stock, plus tokens and speed, metrics.jsonl, and a stop where the loss is no number any more."""
         # stock's epoch restarts at a resume; passes over the most used dataset do not
-        self.state.epoch = max(self.plan.order.passes(self.state.global_step * self.plan.samples_per_step))
+        self.state.epoch = max(self.plan.order.passes(self.plan.timeline.samples_before(self.state.global_step)))
         is_training_point, is_evaluation = "loss" in logs, "eval_loss" in logs
         if not (is_training_point or is_evaluation):
             return  # train_runtime and its like: metrics.jsonl has them exactly
-        logs = {**logs, "tokens": self.num_tokens}
+        logs, details = {**logs, "tokens": self.num_tokens}, {}
         if is_training_point:
+            details = self.spikes.complete_logs(logs)
             logs["tokens_per_s"] = self.progress.take_tokens_per_s()
         logs["time_s"] = self.progress.seconds
         super().log(dict(logs), start_time)
+        if self.is_world_process_zero():
+            record = {"step": self.state.global_step, "tokens": logs.pop("tokens"), **logs, **details}
+            self.metrics_file.write(record)
+            if is_training_point:
+                self.progress.report(record, self.state.max_steps)
+        if self.spikes.fatal is not None:
+            raise UserError(self.spikes.fatal)
+
+    def write_stage(self) -> None:
+        """At a stage's end: which share of it was of which dataset, as the order dealt it, into metrics.jsonl."""
         if not self.is_world_process_zero():
             return
-        record = {"step": self.state.global_step, "tokens": logs.pop("tokens"), **logs}
+        stage, order, timeline = self.stage, self.plan.order, self.plan.timeline
+        before, after = (order.counts_before(timeline.samples_before(k)) for k in (stage.first_step, stage.last_step))
+        counts = [b - a for a, b in zip(before, after, strict=True)]
+        shares = {n: c / sum(counts) for n, c in zip(self.plan.recipe.data.datasets, counts, strict=True) if c}
+        record = {"step": stage.last_step, "tokens": self.num_tokens, "stage": stage.name, "shares": shares}
         self.metrics_file.write(record)
-        if is_training_point:
-            self.progress.report(record, self.state.max_steps)
-            if not math.isfinite(record["loss"]):
-                raise UserError(
-                    f"{self.run_folder}: the loss is {record['loss']} at step {record['step']:,}. Training on would "
-                    "save broken weights. Lower training.learning_rate or lengthen training.warmup_steps, and give the "
-                    "run another training.run_name; checkpoints up to here are kept."
-                )
 
     def restore_pending_loss(self, pending: PendingLoss) -> None:
         """Go on with the mean that was being built: stock forgets it, and the first logged loss covers fewer steps."""
@@ -210,33 +275,23 @@ class ClmTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Stock, but a checkpoint in the making lies in a folder that nothing takes for a checkpoint."""
+        """Stock, but what DeepSpeed's engine writes goes where nothing takes it for a checkpoint."""
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, ckpt.SAVING) if self._is_saving else folder
+        return os.path.join(folder, SAVING) if self.saver.is_engine_writing else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Replaces stock's writing in place: write beside, checksum, flush, rename, then rotate by step number."""
-        name = f"{ckpt.PREFIX}{self.state.global_step}"
-        temporary = self.run_folder / ckpt.SAVING / name
-        self.accelerator.wait_for_everyone()
-        self._is_saving = True
+        """Replaces stock's writing in place, while training waits, and its rotation by time (clm/saving.py)."""
+        self.saver.save(model, trial)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock, and the checkpoint in the making is finished, however the training ends."""
         try:
-            super()._save_checkpoint(model, trial)
-            facts = self._checkpoint_facts()
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-                ckpt.publish_checkpoint(temporary, facts)
-                ckpt.rotate_checkpoints(self.run_folder, self.args.save_total_limit)
-        except Exception as error:
-            shutil.rmtree(temporary.parent, ignore_errors=True)
-            ckpt.raise_if_disk_full(error, temporary, self.plan.checkpoint_bytes)
+            result = super().train(*args, **kwargs)
+        except BaseException:
+            self.saver.wait()
             raise
-        finally:
-            self._is_saving = False
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and self.is_world_process_zero():
-            self._push_checkpoint(self.run_folder / name)
+        self.saver.finish()
+        return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Stock, but below ZeRO stage 3 the whole model lies on each rank and is saved as it is: stock clones every
@@ -247,7 +302,8 @@ class ClmTrainer(Trainer):
         else:
             self._save(output_dir)
 
-    def _checkpoint_facts(self) -> dict[str, Any]:
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What checkpoint.json says besides the files. A collective."""
         summed_loss = self.accelerator.gather(self._tr_loss).mean().item()
         return {
             "step": self.state.global_step,
@@ -256,32 +312,17 @@ class ClmTrainer(Trainer):
             "order_version": ORDER_VERSION,
             "num_processes": self.args.world_size,
             "pending_loss": PendingLoss(since_step=self._globalstep_last_logged, summed_loss=summed_loss),
-            "datasets": {item.dataset: s.manifest.fingerprint for item, s in self._mixture()},
+            "datasets": self.plan.fingerprints,
+            "excluded": [list(r) for r in self.plan.timeline.excluded],
+            "eval_loss": self._evaluated.get(self.state.global_step),
+            "spikes": self.spikes.state(),
         }
 
-    def _mixture(self) -> list[tuple[Any, Any]]:
-        return list(zip(self.plan.recipe.data.mixture, self.plan.splits, strict=True))
-
     def save_final(self) -> Path:
-        """Write final/ in Hub format: weights, config, generation config, tokenizer, model card; complete or absent."""
-        final, temporary = self.run_folder / "final", self.run_folder / ".final-new"
-        try:
-            self.save_model(str(temporary), _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                (temporary / "training_args.bin").unlink(missing_ok=True)
-                ckpt.check_saved_weights(temporary, self.plan.num_parameters)
-                from clm.card import write_card
+        """Write final/ in Hub format, complete or not at all."""
+        from clm.final import write_final
 
-                write_card(self.run_folder, temporary)
-                ckpt.flush_files(temporary)
-                os.rename(temporary, final)
-                ckpt.flush_folder(self.run_folder)
-        except Exception as error:
-            ckpt.raise_if_disk_full(error, temporary, self.plan.checkpoint_bytes)
-            raise
-        self.accelerator.wait_for_everyone()
-        return final
+        return write_final(self)
 
     # --- Hub --------------------------------------------------------------------------------------------------------
 
@@ -294,40 +335,11 @@ class ClmTrainer(Trainer):
             self.hub_model_id = create_repository(repo_id, self.args.hub_private_repo if private is None else private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Stock pushes from the folder in the making; `_push_checkpoint` pushes the finished one."""
-
-    def _push_checkpoint(self, folder: Path) -> None:
-        """Push a finished checkpoint as hub_strategy says. A failing push is reported and never ends the training."""
-        from clm.push import push_folder
-
-        strategy = str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
-        where = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": folder.name}
-        if strategy not in where:
-            return  # "end": only final/ is pushed
-        only_weights = ["optimizer*", "scheduler*", "rng_state*", "trainer_state.json", ckpt.MANIFEST, "global_step*/*"]
-        try:
-            push_folder(
-                folder,
-                self.hub_model_id,
-                private=self.args.hub_private_repo,
-                revision=self.args.hub_revision,
-                commit_message=f"Step {self.state.global_step}, {self.num_tokens} tokens",
-                path_in_repo=where[strategy],
-                ignore_patterns=only_weights if strategy == "every_save" else None,
-            )
-        except UserError as error:
-            log.warning("The push of %s failed, training goes on: %s", folder, error)
+        """Stock pushes from the folder in the making; clm/push.py pushes the finished one."""
 
     def push_final(self, final: Path) -> None:
         """Push final/ where the recipe asks for it; the model is safe on the disk whatever happens here."""
-        from clm.push import push_folder
+        from clm.push import push_final
 
-        if not self.args.push_to_hub or not self.is_world_process_zero():
-            return
-        try:
-            url = push_folder(
-                final, self.hub_model_id, private=self.args.hub_private_repo, revision=self.args.hub_revision
-            )
-            log.info("pushed to %s", url)
-        except UserError as error:
-            log.warning("The push failed: %s\nPush it later: make push RUN=%s", error, self.plan.recipe.name)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            push_final(self, final)

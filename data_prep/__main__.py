@@ -27,6 +27,7 @@ PREP = """examples:
   python -m data_prep prep fineweb                      tokenizer and block size as its YAML says
   python -m data_prep prep fineweb:100K --out data/fineweb-small
   python -m data_prep prep books/ '*.jsonl.gz' --out data/mine --tokenizer gpt2 --block-size 1024
+  python -m data_prep prep fineweb-edu-10bt/high        all its buckets by score: data/fineweb-edu-10bt/low and /high
   python -m data_prep prep tinystories wikitext103 --out data/both --tokenizer train:32000 --block-size 1024
 
 A document is a file (.txt .md .py) or a record (.jsonl .jsonl.gz .jsonl.zst .parquet).
@@ -91,6 +92,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "--on-bad-record", choices=("fail", "skip"), help="stop at a bad record, or count and skip it (default: fail)"
     )
     prep.add_argument("--split-lines", action="store_true", help="every line of a text file is a document")
+    prep.add_argument(
+        "--buckets",
+        nargs="+",
+        metavar="NAME=CONDITION",
+        help="one dataset for each, DIR/NAME, in one pass: 'low=score < 3' 'high=score >= 3'",
+    )
     prep.set_defaults(run=_prep)
 
     train = commands.add_parser(

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.documents import ROWS_PER_BATCH, map_path, map_schema
-from data_prep.encode import rows_path, run_path
+from data_prep.encode import rows_path, run_name, run_path
 from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
 
@@ -27,7 +27,7 @@ SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large 
 
 @dataclass(frozen=True)
 class Taken:
-    """What of a unit is kept: its first `num_rows` records, and the tokens of these in each split."""
+    """What of a unit is kept: its first `num_rows` records, and the tokens of these by `run_name`."""
 
     key: str
     num_rows: int
@@ -36,13 +36,14 @@ class Taken:
 
 
 def write_split(
-    folder: Path, work: Path, split: str, units: list[Taken], block_size: int, dtype: np.dtype
+    folder: Path, work: Path, bucket: str, split: str, units: list[Taken], block_size: int, dtype: np.dtype
 ) -> tuple[ShardInfo, ...]:
-    """All shards of a split, and what `datasets.load_from_disk` wants beside them.
+    """All shards of a split (of a bucket, or ""), and what `datasets.load_from_disk` wants beside them.
 
     Shards that an earlier attempt wrote stay.
     """
-    starts = np.cumsum([0, *(unit.num_tokens[split] for unit in units)], dtype=np.int64)
+    run = run_name(bucket, split)
+    starts = np.cumsum([0, *(unit.num_tokens[run] for unit in units)], dtype=np.int64)
     num_blocks = int(starts[-1]) // block_size
     rows_per_shard = max(SHARD_TOKENS // block_size, 1)
     (folder / split).mkdir(exist_ok=True)
@@ -53,10 +54,10 @@ def write_split(
         rows = min(rows_per_shard, num_blocks - first)
         path = folder / split / f"data-{number:05d}.arrow"
         if not path.exists():
-            tokens = _read_range(work, split, units, starts, first * block_size, (first + rows) * block_size, dtype)
+            tokens = _read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
             _write_shard(path, tokens, block_size)
         while num_used < len(units) and starts[num_used + 1] <= (first + rows) * block_size:
-            run_path(work, units[num_used].key, split).unlink(missing_ok=True)
+            run_path(work, units[num_used].key, run).unlink(missing_ok=True)
             num_used += 1
         shards.append(ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path)))
     _write_dataset_files(folder / split, split, shards, block_size, dtype)
@@ -64,9 +65,9 @@ def write_split(
 
 
 def write_document_map(
-    folder: Path, work: Path, split: str, units: Iterable[Taken], keep_columns: dict[str, str]
+    folder: Path, work: Path, bucket: int, split: str, units: Iterable[Taken], keep_columns: dict[str, str]
 ) -> str:
-    """documents/<split>.arrow, a fixed number of rows per batch; its sha256."""
+    """documents/<split>.arrow of a bucket (0 where there are none), a fixed number of rows per batch; its sha256."""
     path = map_path(folder, split)
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -76,7 +77,8 @@ def write_document_map(
         first_token = 0
         for unit in units:
             rows = read_rows(work, unit.key).slice(0, unit.num_rows)
-            here = rows.filter(pa.array(rows["status"].to_numpy() == (TRAIN if split == "train" else VALIDATION)))
+            is_in_split = rows["status"].to_numpy() == (TRAIN if split == "train" else VALIDATION)
+            here = rows.filter(pa.array(is_in_split & (rows["bucket"].to_numpy() == bucket)))
             num_tokens = here["num_tokens"].to_numpy().astype(np.uint64)
             ends = first_token + np.cumsum(num_tokens, dtype=np.uint64)
             columns = {
@@ -118,19 +120,19 @@ def _write_full_batches(
 
 
 def _read_range(
-    work: Path, split: str, units: list[Taken], starts: np.ndarray, first: int, end: int, dtype: np.dtype
+    work: Path, run: str, units: list[Taken], starts: np.ndarray, first: int, end: int, dtype: np.dtype
 ) -> np.ndarray:
-    """Tokens [first, end) of the split's stream."""
+    """Tokens [first, end) of the stream that the runs of this name make."""
     out = np.empty(end - first, dtype=dtype)
     index = int(np.searchsorted(starts, first, side="right")) - 1
     position = first
     while position < end:
         stop = min(int(starts[index + 1]), end)
         if stop > position:
-            path = run_path(work, units[index].key, split)
+            path = run_path(work, units[index].key, run)
             offset = (position - int(starts[index])) * dtype.itemsize
-            run = np.fromfile(path, dtype=dtype, count=stop - position, offset=offset)
-            out[position - first : stop - first] = run
+            tokens = np.fromfile(path, dtype=dtype, count=stop - position, offset=offset)
+            out[position - first : stop - first] = tokens
             position = stop
         index += 1
     return out

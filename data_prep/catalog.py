@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_prep.buckets import condition_columns, parse_buckets
 from data_prep.errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent / "datasets"
@@ -35,6 +36,7 @@ class DatasetEntry:
     split: str | None = None  # "line": every line of a text file is a document; else a file is
     document_start: str | None = None  # records are parts; one that matches this regex starts a new document
     keep_columns: dict[str, str] = field(default_factory=dict)  # column -> string, int64 or float64
+    buckets: dict[str, str] = field(default_factory=dict)  # name -> condition; used when <dataset>/<name> is asked for
     on_bad_record: str = "fail"
     val_fraction: float = 0.01
     num_documents: int | None = None
@@ -59,6 +61,13 @@ def load_entry(name: str) -> DatasetEntry:
             f"{name} is not a listed dataset. {did_you_mean(name, entry_names())} `make datasets` lists them all."
         )
     return read_entry(FOLDER / f"{name}.yaml")
+
+
+def split_bucket(name: str) -> tuple[str, str | None]:
+    """`x/high` as ("x", "high") where x is a listed dataset with such a bucket; any other name as (name, None)."""
+    dataset, _, bucket = name.partition("/")
+    is_bucket = bucket != "" and dataset in entry_names() and bucket in load_entry(dataset).buckets
+    return (dataset, bucket) if is_bucket else (name, None)
 
 
 def read_entry(path: Path) -> DatasetEntry:
@@ -120,6 +129,14 @@ def _find_problems(values: dict[str, Any]):
     columns = values.get("keep_columns", {})
     if not isinstance(columns, dict) or not set(columns.values()) <= set(COLUMN_TYPES):
         yield f"keep_columns is {columns!r} but must map column names to one of {', '.join(COLUMN_TYPES)}"
+    elif "buckets" in values:
+        try:
+            conditions = values["buckets"]
+            if not isinstance(conditions, dict):
+                raise UserError(f"buckets is {conditions!r} but must be names with conditions: {{high: score >= 3}}")
+            condition_columns(parse_buckets(conditions, "buckets."), columns, "buckets.")
+        except UserError as error:
+            yield str(error)
     if values.get("on_bad_record", "fail") not in ON_BAD_RECORD:
         yield f"on_bad_record is {values['on_bad_record']!r} but must be one of {', '.join(ON_BAD_RECORD)}"
     if values.get("split", "line") != "line":

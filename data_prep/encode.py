@@ -1,14 +1,16 @@
 """One unit, encoded: what a worker does.
 
 In: a `Job`. Out: in the working folder, for unit <key>: the token runs <key>.train.bin and <key>.validation.bin (raw
-ids, separators included), the table <key>.rows.arrow (one row per record: what became of it, and its part of the
-document map), and <key>.json with the counts, renamed into place last: it exists exactly when the others are whole.
+ids, separators included; with buckets <key>.<bucket>.train.bin ... for each), the table <key>.rows.arrow (one row per
+record: what became of it, and its part of the document map), and <key>.json with the counts, renamed into place last:
+it exists exactly when the others are whole.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +18,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_prep.buckets import bucket_names, column_names, find_bucket, is_there
 from data_prep.encoder import Encoder, add_separators
-from data_prep.ledger import BAD, EMPTY, TRAIN, VALIDATION, Counts, SplitCounts, count_rows
+from data_prep.ledger import (
+    BAD,
+    EMPTY,
+    NO_BUCKET,
+    NO_VALUE,
+    TRAIN,
+    VALIDATION,
+    Counts,
+    SplitCounts,
+    count_rows,
+)
 from data_prep.manifest import SPLITS, TokenizerInfo
 from data_prep.readers import Reading, Record, read_records
 from data_prep.units import Unit
@@ -28,6 +41,7 @@ ROW_COLUMNS = [
     ("file", pa.uint32()),
     ("record", pa.uint64()),
     ("status", pa.uint8()),
+    ("bucket", pa.uint16()),  # of a kept document; 0 without buckets
     ("num_tokens", pa.uint32()),
     ("num_bytes", pa.uint32()),
     ("num_characters", pa.uint32()),
@@ -53,19 +67,25 @@ class Job:
 class UnitResult:
     """A finished unit.
 
-    `problem` is its first bad record (file, record, what), where it stopped because bad records are errors.
+    `counts` has one entry for each bucket, or the one. `problem` is its first bad record (file, record, what), where it
+    stopped because bad records are errors.
     """
 
     key: str
     num_records: int  # the highest record number + 1, counted from the unit's start
-    counts: Counts
+    counts: list[Counts]
     problem: tuple[int, int, str] | None
     run_bytes: dict[str, int]
 
 
-def run_path(work: Path, key: str, split: str) -> Path:
-    """The raw token run that a unit gives to a split."""
-    return work / f"{key}.{split}.bin"
+def run_name(bucket: str, split: str) -> str:
+    """The name of what a unit gives to a split of a bucket; the bucket is "" where there are none."""
+    return f"{bucket}.{split}" if bucket else split
+
+
+def run_path(work: Path, key: str, name: str) -> Path:
+    """The raw token run of a unit by its `run_name`."""
+    return work / f"{key}.{name}.bin"
 
 
 def rows_path(work: Path, key: str) -> Path:
@@ -84,13 +104,15 @@ def load_result(work: Path, key: str) -> UnitResult | None:
         raw = json.loads((work / f"{key}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    sizes = {name: run_path(work, key, name) for name in SPLITS}
-    if any(not path.exists() or path.stat().st_size != raw["run_bytes"][name] for name, path in sizes.items()):
+    paths = {run_path(work, key, name): num_bytes for name, num_bytes in raw["run_bytes"].items()}
+    if any(not path.exists() or path.stat().st_size != num_bytes for path, num_bytes in paths.items()):
         return None
-    counts = raw["counts"]
-    splits = {name: SplitCounts(**counts["splits"][name]) for name in SPLITS}
+    counts = [
+        Counts(**{**each, "splits": {name: SplitCounts(**split) for name, split in each["splits"].items()}})
+        for each in raw["counts"]
+    ]
     problem = tuple(raw["problem"]) if raw["problem"] else None
-    return UnitResult(raw["key"], raw["num_records"], Counts(**{**counts, "splits": splits}), problem, raw["run_bytes"])
+    return UnitResult(raw["key"], raw["num_records"], counts, problem, raw["run_bytes"])
 
 
 def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
@@ -101,14 +123,15 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
     """
     schema = pa.schema([*ROW_COLUMNS, *((name, pa.type_for_alias(kind)) for name, kind in job.reading.keep_columns)])
     encoder = _load_encoder(job.tokenizer_folder, job.tokenizer)
-    counts, num_records, problem = Counts(), 0, None
-    temporary = {name: run_path(job.work, f"{job.key}.{os.getpid()}", name) for name in SPLITS}
+    buckets = job.reading.buckets
+    counts = [Counts() for _ in bucket_names(buckets)]
+    num_records, problem = 0, None
+    names = [run_name(bucket, split) for bucket in bucket_names(buckets) for split in SPLITS]
+    temporary = {name: run_path(job.work, f"{job.key}.{os.getpid()}", name) for name in names}
     rows_temporary = rows_path(job.work, f"{job.key}.{os.getpid()}")
-    with (
-        open(temporary["train"], "wb") as train,
-        open(temporary["validation"], "wb") as validation,
-        open(rows_temporary, "wb") as rows_file,
-    ):
+    with ExitStack() as stack:
+        run_files = [stack.enter_context(open(path, "wb")) for path in temporary.values()]
+        rows_file = stack.enter_context(open(rows_temporary, "wb"))
         with pa.ipc.new_stream(rows_file, schema) as rows_writer:
             for records in _batches(read_records(job.unit.pieces, job.reading)):
                 num_records = records[-1].number + 1
@@ -118,7 +141,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
                     problem = (records[bad].file, records[bad].number, records[bad].problem)
                     records = records[:bad]
                 rows, runs = _encode_batch(records, job, encoder)
-                for file, run in zip((train, validation), runs, strict=True):
+                for file, run in zip(run_files, runs, strict=True):
                     file.write(run.astype(job.dtype).data)  # tofile() would hide why a write fails
                 kept = (
                     zip(*(record.kept for record in records), strict=True)
@@ -132,17 +155,19 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
                     rows_writer.write_batch(
                         pa.record_batch([*map(pa.array, rows.values()), *kept_arrays], schema=schema)
                     )
-                    counts.add(count_rows(rows, job.tokenizer.is_bos_written))
+                    for total, new in zip(counts, count_rows(rows, job.tokenizer.is_bos_written, buckets), strict=True):
+                        total.add(new)
                 report(int(rows["num_bytes"].sum(dtype=np.int64)), sum(len(run) for run in runs))
                 if problem is not None:
                     break
-        for file in (train, validation, rows_file):
+        for file in (*run_files, rows_file):
             file.flush()
             os.fsync(file.fileno())
     run_bytes = {name: path.stat().st_size for name, path in temporary.items()}
-    for name, path in temporary.items():
+    for index, (name, path) in enumerate(temporary.items()):
         # What was written, against what was made: the size of the file is the count of record.
-        counts.splits[name].num_tokens = run_bytes[name] // np.dtype(job.dtype).itemsize
+        split = counts[index // len(SPLITS)].splits[SPLITS[index % len(SPLITS)]]
+        split.num_tokens = run_bytes[name] // np.dtype(job.dtype).itemsize
         os.replace(path, run_path(job.work, job.key, name))
     os.replace(rows_temporary, rows_path(job.work, job.key))
     result = UnitResult(job.key, num_records, counts, problem, run_bytes)
@@ -165,37 +190,55 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_batch(
-    records: list[Record], job: Job, encoder: Encoder
-) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """The table of the records, and the tokens for train and validation."""
+def _encode_batch(records: list[Record], job: Job, encoder: Encoder) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """The table of the records, and the tokens for train and validation (of each bucket)."""
     num = len(records)
     data = [(record.text or "").encode() for record in records]
     is_kept = np.array([record.problem is None and record.text != "" for record in records], dtype=bool)
     status = np.full(num, BAD, dtype=np.uint8)
     status[[i for i, record in enumerate(records) if record.text == ""]] = EMPTY
+    bucket = np.zeros(num, dtype=np.uint16)
+    if job.reading.buckets:
+        _sort_into_buckets(records, job.reading, is_kept, status, bucket)
     if job.unit.split == "validation":
         status[is_kept] = VALIDATION
     else:
         is_held_out = np.array([is_kept[i] and text_hash(data[i]) < job.threshold for i in range(num)], dtype=bool)
         status[is_kept] = np.where(is_held_out[is_kept], VALIDATION, TRAIN)
     num_tokens = np.zeros(num, dtype=np.uint32)
-    runs = (np.empty(0, dtype=np.uint32),) * 2
+    runs = [np.empty(0, dtype=np.uint32)] * (len(SPLITS) * len(bucket_names(job.reading.buckets)))
     if is_kept.any():
         ids, lengths = encoder.encode([records[i].text for i in np.flatnonzero(is_kept)])
         ids, lengths = add_separators(ids, lengths, job.tokenizer)
         num_tokens[is_kept] = lengths
-        is_validation = np.repeat(status[is_kept] == VALIDATION, lengths)
-        runs = (ids[~is_validation], ids[is_validation])
+        run = np.repeat(bucket[is_kept] * len(SPLITS) + (status[is_kept] == VALIDATION), lengths)
+        runs = [ids[run == number] for number in range(len(runs))]
     rows = {
         "file": np.array([record.file for record in records], dtype=np.uint32),
         "record": np.array([record.number for record in records], dtype=np.uint64),
         "status": status,
+        "bucket": bucket,
         "num_tokens": num_tokens,
         "num_bytes": np.array([len(each) for each in data], dtype=np.uint32),
         "num_characters": np.array([len(record.text or "") for record in records], dtype=np.uint32),
     }
     return rows, runs
+
+
+def _sort_into_buckets(
+    records: list[Record], reading: Reading, is_kept: np.ndarray, status: np.ndarray, bucket: np.ndarray
+) -> None:
+    """Note the bucket of each kept record; one that is in none is kept no longer, and its status says why."""
+    columns = [name for name, _ in reading.keep_columns]
+    looked_at = column_names(reading.buckets)
+    for i in np.flatnonzero(is_kept):
+        values = dict(zip(columns, records[i].kept, strict=True))
+        number = find_bucket(reading.buckets, values)
+        if number is None:
+            is_kept[i] = False
+            status[i] = NO_BUCKET if all(is_there(values[name]) for name in looked_at) else NO_VALUE
+        else:
+            bucket[i] = number
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from data_prep.encode import Job
 from data_prep.encoder import encoder_name
 from data_prep.hub import download_file
-from data_prep.manifest import WORK_NAME, TokenizerInfo, token_dtype
+from data_prep.manifest import TokenizerInfo, token_dtype
 from data_prep.plan import Plan
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
@@ -25,7 +25,7 @@ def make_stream(plan: Plan, files: list[tuple[int, SourceFile]]) -> Stream:
             paths[index] = file.path or download_file(plan.sources[number].entry, file)
         return paths[index]
 
-    return Stream(plan.sources, files, fetch, plan.keep_columns, plan.max_tokens, plan.max_docs)
+    return Stream(plan.sources, files, fetch, plan.keep_columns, plan.max_tokens, plan.max_docs, plan.buckets)
 
 
 def make_jobs(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int) -> Iterator[Job | None]:
@@ -51,8 +51,8 @@ def make_jobs(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: i
         yield Job(
             unit=unit,
             key=unit.key(settings, identities),
-            work=plan.folder / WORK_NAME,
-            tokenizer_folder=plan.folder / "tokenizer",
+            work=plan.work,
+            tokenizer_folder=plan.tokenizer_folder,
             tokenizer=replace(tokenizer, source=None),  # hashable: a worker keeps its encoder by it
             dtype=dtype,
             threshold=unit_threshold,

@@ -1,7 +1,7 @@
 """The ledger: what became of every document, byte and token, by source; and the proof that it adds up.
 
-In: the counts of units. Out: the manifest's `ledger`, and a table. Read = empty + bad + train + validation; text tokens
-+ separators = tokens; tokens of all sources = tokens in blocks + one remainder per split.
+In: the counts of units. Out: the manifest's `ledger`, and a table. Read = empty + bad + filtered + train + validation;
+text tokens + separators = tokens; tokens of all sources = tokens in blocks + one remainder per split.
 """
 
 from dataclasses import dataclass, field
@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.buckets import Bucket, column_names
 from data_prep.manifest import SPLITS, SplitInfo
 from data_prep.sizes import format_bytes, format_count
 
-TRAIN, VALIDATION, EMPTY, BAD = range(4)  # what became of a record: the `status` column of a unit's table
+# What became of a record: the `status` column of a unit's table. The last two only where there are buckets.
+TRAIN, VALIDATION, EMPTY, BAD, NO_BUCKET, NO_VALUE = range(6)
+NO_BUCKET_RULE = "in no bucket"
 
 
 class LedgerError(Exception):
@@ -39,11 +42,12 @@ class SplitCounts:
 
 @dataclass
 class Counts:
-    """What became of the documents of one source, or unit."""
+    """What became of the documents of one source, or unit, in one bucket."""
 
     num_read: int = 0
     num_empty: int = 0
     num_bad: int = 0
+    num_filtered: dict[str, int] = field(default_factory=dict)  # by rule; empty where there are no buckets
     splits: dict[str, SplitCounts] = field(default_factory=lambda: {name: SplitCounts() for name in SPLITS})
 
     def add(self, other: "Counts") -> None:
@@ -51,14 +55,39 @@ class Counts:
         self.num_read += other.num_read
         self.num_empty += other.num_empty
         self.num_bad += other.num_bad
+        for rule, num in other.num_filtered.items():
+            self.num_filtered[rule] = self.num_filtered.get(rule, 0) + num
         for name in SPLITS:
             self.splits[name].add(other.splits[name])
 
 
-def count_rows(rows: dict[str, np.ndarray], is_bos_written: bool) -> Counts:
-    """The counts of the rows of a unit's table (or of the first of them)."""
-    status = rows["status"]
-    counts = Counts(len(status), int((status == EMPTY).sum()), int((status == BAD).sum()))
+def no_value_rule(buckets: tuple[Bucket, ...]) -> str:
+    """How the ledger calls documents that are in no bucket because a column has no value: `no score`."""
+    return f"no {' or '.join(column_names(buckets))}"
+
+
+def count_rows(rows: dict[str, np.ndarray], is_bos_written: bool, buckets: tuple[Bucket, ...]) -> list[Counts]:
+    """The counts of the rows of a unit's table (or of the first of them), for each bucket; without buckets one."""
+    status, is_kept = rows["status"], rows["status"] <= VALIDATION
+    read = (len(status), int((status == EMPTY).sum()), int((status == BAD).sum()))
+    if not buckets:
+        return [_count_splits(Counts(*read), rows, status, is_bos_written)]
+    in_bucket = [is_kept & (rows["bucket"] == number) for number in range(len(buckets))]
+    in_none = {
+        NO_BUCKET_RULE: int((status == NO_BUCKET).sum()),
+        no_value_rule(buckets): int((status == NO_VALUE).sum()),
+    }
+    all_counts = []
+    for number, is_here in enumerate(in_bucket):
+        others = {
+            f"in {bucket.name}": int(in_bucket[other].sum()) for other, bucket in enumerate(buckets) if other != number
+        }
+        here = np.where(is_here, status, NO_BUCKET)
+        all_counts.append(_count_splits(Counts(*read, {**others, **in_none}), rows, here, is_bos_written))
+    return all_counts
+
+
+def _count_splits(counts: Counts, rows: dict[str, np.ndarray], status: np.ndarray, is_bos_written: bool) -> Counts:
     for code, name in ((TRAIN, "train"), (VALIDATION, "validation")):
         here = status == code
         num_documents, num_tokens = int(here.sum()), int(rows["num_tokens"][here].sum(dtype=np.int64))
@@ -84,6 +113,7 @@ def ledger_entry(
             "read": counts.num_read,
             "empty": counts.num_empty,
             "bad": counts.num_bad,
+            "filtered": counts.num_filtered,
             "train": counts.splits["train"].num_documents,
             "validation": counts.splits["validation"].num_documents,
             "beyond_cap": beyond_cap,
@@ -100,6 +130,7 @@ def find_imbalances(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
     for source, entry in ledger.items():
         documents = entry["documents"]
         kept = documents["empty"] + documents["bad"] + documents["train"] + documents["validation"]
+        kept += sum(documents.get("filtered", {}).values())
         if documents["read"] != kept:
             problems.append(f"{source}: {documents['read']} documents read but {kept} accounted for")
         for name in SPLITS:
@@ -130,13 +161,15 @@ def find_imbalances(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
 
 def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitInfo], block_size: int) -> str:
     """The ledger as a table for people, and its equation."""
-    head = ("source", "read", "empty", "bad", "beyond cap", "train", "validation", "text", "tokens", "bytes/token")
+    rules = list(dict.fromkeys(rule for entry in ledger.values() for rule in entry["documents"]["filtered"]))
+    head = ("source", "read", "empty", "bad", *rules, "beyond cap", *SPLITS, "text", "tokens", "bytes/token")
     lines = [head]
     for source, entry in ledger.items():
         documents = entry["documents"]
         num_bytes, num_tokens = (sum(entry[name][key] for name in SPLITS) for key in ("num_bytes", "num_tokens"))
         beyond = f"{documents['beyond_cap']:,}" + ("" if documents["is_beyond_cap_exact"] else "+")
         numbers = [f"{documents[key]:,}" for key in ("read", "empty", "bad")]
+        numbers += [f"{documents['filtered'].get(rule, 0):,}" for rule in rules]
         kept = [f"{documents[key]:,}" for key in SPLITS]
         ratio = f"{num_bytes / num_tokens:.2f}" if num_tokens else "-"
         lines.append((source, *numbers, beyond, *kept, format_bytes(num_bytes), format_count(num_tokens), ratio))

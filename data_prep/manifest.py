@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.catalog import entry_names
+from data_prep.catalog import entry_names, split_bucket
 from data_prep.errors import UserError
 from data_prep.paths import data_dir
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 WORK_NAME = ".work"  # runs and unit tables of a preparation that is not finished
+BUCKETS_WORK_NAME = ".work-buckets"  # the same for one that makes all buckets of a folder
 SPLITS = ("train", "validation")
 
 
@@ -101,11 +102,14 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        if (folder / WORK_NAME).is_dir():
+        if is_interrupted(folder):
             raise UserError(
                 f"{folder}: its preparation was interrupted, {MANIFEST_NAME} does not exist yet. "
                 f"The same command continues it: {prep_command(folder)}"
             )
+        inside = sorted(str(each.parent) for each in folder.glob(f"*/{MANIFEST_NAME}"))
+        if inside:
+            raise UserError(f"{folder} is no dataset but holds datasets. Name one of them: {', '.join(inside)}")
         if folder.is_dir():
             raise UserError(
                 f"{folder} is not a prepared dataset: it has no {MANIFEST_NAME}. Prepare it with: "
@@ -129,6 +133,11 @@ def load_manifest(folder: str | Path) -> Manifest:
         ) from error
 
 
+def is_interrupted(folder: Path) -> bool:
+    """Whether a preparation of this dataset, or of all buckets beside it, was begun and not finished."""
+    return (folder / WORK_NAME).is_dir() or (folder.parent / BUCKETS_WORK_NAME).is_dir()
+
+
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write manifest.json so that it is either absent or whole, also after a power cut."""
     path = folder / MANIFEST_NAME
@@ -149,9 +158,10 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
 def prep_command(folder: str | Path) -> str:
     """The command that prepares `folder`, as exact as its name allows."""
     folder = Path(folder)
-    if folder.name in entry_names():
-        lies_where_it_should = folder.absolute() == (data_dir() / folder.name).absolute()
-        return f"make prep DATASET={folder.name}" + ("" if lies_where_it_should else f" OUT={shlex.quote(str(folder))}")
+    for name, made in ((folder.name, folder), (f"{folder.parent.name}/{folder.name}", folder.parent)):
+        if name in entry_names() or split_bucket(name)[1] is not None:
+            lies_where_it_should = made.absolute() == (data_dir() / made.name).absolute()
+            return f"make prep DATASET={name}" + ("" if lies_where_it_should else f" OUT={shlex.quote(str(made))}")
     return f"make prep DATASET=<name or path of the text> OUT={shlex.quote(str(folder))}"
 
 

@@ -1,7 +1,10 @@
 """Where prepared datasets and runs lie: under the working folder, or where DATA_DIR and RUNS_DIR say."""
 
 import os
+import re
 from pathlib import Path
+
+from data_prep.catalog import split_bucket
 
 
 def data_dir() -> Path:
@@ -15,7 +18,17 @@ def runs_dir() -> Path:
 
 
 def dataset_folder(name_or_path: str | Path) -> Path:
-    """The folder of a prepared dataset: a bare name lies under `data_dir()`, anything with a separator is a path."""
+    """The folder of a prepared dataset: a bare name lies under `data_dir()`, anything with a separator is a path.
+
+    `name/bucket`, where no such path exists, lies under `data_dir()` too if it is listed or prepared there.
+    """
     text = str(name_or_path)
-    is_path = isinstance(name_or_path, Path) or os.sep in text or "/" in text or text in (".", "..")
-    return Path(text) if is_path else data_dir() / text
+    if isinstance(name_or_path, Path) or text in (".", ".."):
+        return Path(text)
+    if os.sep not in text and "/" not in text:
+        return data_dir() / text
+    if re.fullmatch(r"[^/.][^/]*/[^/]+", text) and not Path(text).exists():
+        folder = data_dir() / text
+        if split_bucket(text)[1] is not None or folder.is_dir():
+            return folder
+    return Path(text)

@@ -9,12 +9,14 @@ import hashlib
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.buckets import Bucket, bucket_names, condition_columns, parse_buckets, split_conditions
 from data_prep.errors import UserError
-from data_prep.manifest import sha256_of
+from data_prep.manifest import BUCKETS_WORK_NAME, WORK_NAME, sha256_of
 from data_prep.paths import data_dir, dataset_folder
 from data_prep.sizes import parse_count
 from data_prep.sources import Source, SourceFile, list_local_files, parse_sources
@@ -40,11 +42,15 @@ class Options:
     max_docs: int | None = None
     on_bad_record: str | None = None
     split_lines: bool = False
+    buckets: Sequence[str] | None = None  # name=condition
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do. `local_files` holds the files of the sources that lie here, by the source's number."""
+    """What to do. `local_files` holds the files of the sources that lie here, by the source's number.
+
+    With buckets `folder` holds one dataset for each, and none itself.
+    """
 
     folder: Path
     dataset: str
@@ -57,11 +63,23 @@ class Plan:
     val_max_tokens: int
     max_tokens: int | None
     max_docs: int | None
+    keep_columns: dict[str, str]  # of all sources together, and those that the buckets are by
+    buckets: tuple[Bucket, ...]
 
     @property
-    def keep_columns(self) -> dict[str, str]:
-        """The kept columns of all sources together."""
-        return {name: kind for source in self.sources for name, kind in source.entry.keep_columns.items()}
+    def outputs(self) -> dict[str, Path]:
+        """The folder of each dataset that is made, by its bucket; of the one without buckets by ""."""
+        return {name: self.folder / name for name in bucket_names(self.buckets)}
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is made: beside the blocks; with buckets in the working folder, and each gets a copy."""
+        return self.work / "shared_tokenizer" if self.buckets else self.folder / "tokenizer"
+
+    @property
+    def work(self) -> Path:
+        """The working folder."""
+        return self.folder / (BUCKETS_WORK_NAME if self.buckets else WORK_NAME)
 
     def settings(self) -> dict[str, Any]:
         """What, with the files' content, determines the result: equal settings and files give equal bytes."""
@@ -95,6 +113,7 @@ class Plan:
             "val_max_tokens": self.val_max_tokens,
             "max_tokens": self.max_tokens,
             "max_docs": self.max_docs,
+            "buckets": {bucket.name: bucket.condition for bucket in self.buckets},
         }
 
 
@@ -119,6 +138,10 @@ def make_plan(options: Options) -> Plan:
         raise UserError(f"prep: --val-fraction is {fraction} but must be at least 0 and below 1. The default is 0.01.")
     block_size = options.block_size or _only_default("--block-size", [entry.default_block_size for entry in entries])
     tokenizer = options.tokenizer or _only_default("--tokenizer", [entry.default_tokenizer for entry in entries])
+    conditions = split_conditions(options.buckets or ())
+    conditions = conditions or _only_default("--buckets", [entry.buckets for entry in entries])
+    buckets = parse_buckets(conditions, "prep: --buckets ")
+    kept = {name: kind for entry in entries for name, kind in entry.keep_columns.items()}
     lists = {number: list_local_files(source) for number, source in enumerate(sources) if source.entry.path is not None}
     return Plan(
         folder=folder,
@@ -132,6 +155,8 @@ def make_plan(options: Options) -> Plan:
         val_max_tokens=options.val_max_tokens,
         max_tokens=options.max_tokens,
         max_docs=options.max_docs,
+        keep_columns={**kept, **condition_columns(buckets, kept, "prep: --buckets ")},
+        buckets=buckets,
     )
 
 
@@ -210,12 +235,15 @@ def other_folder(plan: Plan, suffix: str) -> str:
     """The command that prepares the same under another name."""
     folder = plan.folder.with_name(f"{plan.folder.name}-{suffix}")
     words = " ".join(shlex.quote(source.entry.path or source.entry.repository) for source in plan.sources)
-    named = (
-        plan.sources[0].entry.name
-        if len(plan.sources) == 1 and plan.folder == dataset_folder(plan.sources[0].entry.name)
-        else words
-    )
-    return f"make prep DATASET={shlex.quote(named)} OUT={shlex.quote(str(folder))}"
+    entry = plan.sources[0].entry
+    named = entry.name if len(plan.sources) == 1 and plan.folder == dataset_folder(entry.name) else words
+    options = ""
+    if plan.buckets and len(plan.sources) == 1 and parse_buckets(entry.buckets, "") == plan.buckets:
+        named = f"{entry.name}/{plan.buckets[0].name}"
+    elif plan.buckets:
+        conditions = " ".join(shlex.quote(f"{bucket.name}={bucket.condition}") for bucket in plan.buckets)
+        options = f" PREP_ARGS={shlex.quote(f'--buckets {conditions}')}"
+    return f"make prep DATASET={shlex.quote(named)} OUT={shlex.quote(str(folder))}{options}"
 
 
 def _only_default(flag: str, values: list[Any]) -> Any:

@@ -1,7 +1,7 @@
 """The story of a preparation: from the names of sources to a folder of blocks.
 
-In: `Options`. Out: data/<dataset>/ with its manifest. Each numbered paragraph can be interrupted; the same command goes
-on from there.
+In: `Options`. Out: data/<dataset>/ with its manifest, or data/<dataset>/<bucket>/ for each bucket. Each numbered
+paragraph can be interrupted; the same command goes on from there.
 """
 
 import json
@@ -11,29 +11,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.align import Taken, write_document_map, write_split
-from data_prep.documents import files_path
-from data_prep.encoder import encoder_name
+from data_prep.align import Taken
+from data_prep.buckets import column_names
 from data_prep.errors import UserError
 from data_prep.hub import list_hub_files
 from data_prep.jobs import make_jobs, make_stream
-from data_prep.ledger import LedgerError, describe_ledger, find_imbalances, ledger_entry
+from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
 from data_prep.lock import folder_lock
-from data_prep.manifest import (
-    MANIFEST_NAME,
-    SPLITS,
-    WORK_NAME,
-    Manifest,
-    SplitInfo,
-    TokenizerInfo,
-    content_fingerprint,
-    load_manifest,
-    save_manifest,
-    token_dtype,
-)
-from data_prep.plan import Options, Plan, describe_files, make_plan, val_threshold
+from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
+from data_prep.output import write_dataset, write_whole
+from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
-from data_prep.settled import is_complete, save_request
+from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import MAX_HASHED_BYTES, SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
@@ -42,12 +31,13 @@ from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, explain_no_room, run_jobs
 
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
-ALIGN_STATE = "align.json"  # in the working folder: encoding is finished, and this is its order
 
 
-def prepare(options: Options) -> Manifest:
+def prepare(options: Options) -> dict[str, Manifest]:
     """Prepare a dataset, or go on with it, or find it complete.
 
+    Returns:
+        The manifest of each bucket; of the one dataset without buckets by "".
     Raises:
         UserError: anything the user can mend.
         LedgerError: the counts do not add up.
@@ -55,13 +45,14 @@ def prepare(options: Options) -> Manifest:
     # 1. What is asked for, and whether the folder already holds it.
     plan = make_plan(options)
     if is_complete(plan):
-        shutil.rmtree(plan.folder / WORK_NAME, ignore_errors=True)
-        manifest = load_manifest(plan.folder)
-        print(f"{plan.folder}: complete, nothing to do ({manifest.num_train_tokens:,} train tokens).")
-        return manifest
+        shutil.rmtree(plan.work, ignore_errors=True)
+        manifests = _load_manifests(plan)
+        for bucket, folder in plan.outputs.items():
+            print(f"{folder}: complete, nothing to do ({manifests[bucket].num_train_tokens:,} train tokens).")
+        return manifests
     with folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR"):
         if is_complete(plan):  # another process finished it while we waited for nothing
-            return load_manifest(plan.folder)
+            return _load_manifests(plan)
         try:
             return _prepare(plan, options.num_proc)
         except OSError as error:
@@ -69,11 +60,11 @@ def prepare(options: Options) -> Manifest:
                 raise explain_no_room(error, plan.folder) from error
             raise
         finally:
-            _leave_nothing_unfinished(plan.folder)
+            _leave_nothing_unfinished(plan)
 
 
-def _prepare(plan: Plan, num_proc: int | None) -> Manifest:
-    folder, work = plan.folder, plan.folder / WORK_NAME
+def _prepare(plan: Plan, num_proc: int | None) -> dict[str, Manifest]:
+    work = plan.work
     # 2. The files of all sources, those on the Hub pinned to a commit; the share of validation, fixed from their sizes.
     files = _list_all_files(plan, work)
     validation = val_threshold(plan, files)
@@ -83,14 +74,13 @@ def _prepare(plan: Plan, num_proc: int | None) -> Manifest:
     work.mkdir(exist_ok=True)
     is_continued = save_request(plan)
     if not is_continued and (work / ALIGN_STATE).exists():
-        print(f"{folder}: the input changed since the last attempt, which starts anew.", file=sys.stderr)
-        _remove(folder, (*SPLITS, "documents"), work)
+        print(f"{plan.folder}: the input changed since the last attempt, which starts anew.", file=sys.stderr)
+        _remove(plan, OWN_NAMES)
         work.mkdir()
         save_request(plan)
 
-    # 3. The tokenizer, beside the blocks it makes.
+    # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
     tokenizer = _settle_tokenizer(plan, stream, validation["threshold"], work)
-    dtype = token_dtype(tokenizer.vocab_size)
 
     # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream.
     state_path = work / ALIGN_STATE
@@ -98,51 +88,32 @@ def _prepare(plan: Plan, num_proc: int | None) -> Manifest:
         state = json.loads(state_path.read_text(encoding="utf-8"))
     else:
         units = _encode(plan, stream, tokenizer, validation["threshold"], _choose_num_proc(plan, num_proc))
-        state = {"units": [asdict(unit) for unit in units], "ledger": _make_ledger(plan, stream)}
+        state = {"units": [asdict(unit) for unit in units], "ledgers": _make_ledgers(plan, stream)}
+        _check_values(plan, stream)
         _check_length(plan, stream)
-        _write_whole(state_path, json.dumps(state))
+        write_whole(state_path, json.dumps(state))
     taken = [Taken(**unit) for unit in state["units"]]
 
-    # 5. Align: runs into shards of whole blocks, tables into the document map.
-    splits = {}
-    (folder / "documents").mkdir(exist_ok=True)
-    _write_whole(files_path(folder), describe_files(files, plan.sources))
-    for name in SPLITS:
-        shards = write_split(folder, work, name, taken, plan.block_size, dtype)
-        counts = [entry[name] for entry in state["ledger"].values()]
-        num_tokens, num_blocks = sum(each["num_tokens"] for each in counts), sum(shard.num_blocks for shard in shards)
-        splits[name] = SplitInfo(
-            num_documents=sum(each["num_documents"] for each in counts),
-            num_bytes=sum(each["num_bytes"] for each in counts),
-            num_tokens=num_tokens,
-            num_blocks=num_blocks,
-            remainder_tokens=num_tokens - num_blocks * plan.block_size,
-            documents_sha256=write_document_map(folder, work, name, taken, plan.keep_columns),
-            shards=shards,
-        )
+    # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
+    manifests = {
+        bucket: write_dataset(plan, number, files, taken, state["ledgers"][bucket], tokenizer, validation)
+        for number, bucket in enumerate(plan.outputs)
+    }
 
-    # 6. The ledger must balance; the manifest, written last, says that the dataset is complete.
-    problems = find_imbalances(state["ledger"], splits, plan.block_size)
-    if problems:
-        raise LedgerError(f"{folder}: the ledger does not balance, so no manifest is written:\n" + "\n".join(problems))
-    manifest = Manifest(
-        dataset=plan.dataset,
-        licence=", ".join(dict.fromkeys(source.entry.licence for source in plan.sources)),
-        fingerprint=content_fingerprint(tokenizer.sha256, plan.block_size, str(dtype), splits),
-        block_size=plan.block_size,
-        dtype=str(dtype),
-        encoder=encoder_name(),
-        tokenizer=tokenizer,
-        validation=validation,
-        splits=splits,
-        ledger=state["ledger"],
-        settings=plan.settings(),
-    )
-    save_manifest(manifest, folder)
+    # 6. The manifests, written last, say that all is complete.
+    for bucket, folder in plan.outputs.items():
+        save_manifest(manifests[bucket], folder)
     shutil.rmtree(work)
-    print(describe_ledger(manifest.ledger, splits, plan.block_size))
-    print(f"{folder}: complete. Look at it: python -m data_prep inspect {folder}")
-    return manifest
+    for number, (bucket, folder) in enumerate(plan.outputs.items()):
+        if bucket:
+            print(f"{bucket} ({plan.buckets[number].condition}):")
+        print(describe_ledger(manifests[bucket].ledger, manifests[bucket].splits, plan.block_size))
+        print(f"{folder}: complete. Look at it: python -m data_prep inspect {folder}")
+    return manifests
+
+
+def _load_manifests(plan: Plan) -> dict[str, Manifest]:
+    return {bucket: load_manifest(folder) for bucket, folder in plan.outputs.items()}
 
 
 def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
@@ -157,7 +128,7 @@ def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
             else:
                 found = list_hub_files(source.entry)
                 work.mkdir(exist_ok=True)
-                _write_whole(pinned, json.dumps([asdict(file) for file in found]))
+                write_whole(pinned, json.dumps([asdict(file) for file in found]))
         files += [(number, file) for file in found]
     return files
 
@@ -203,7 +174,7 @@ def train_from_sources(
 
 def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) -> TokenizerInfo:
     """The tokenizer in the dataset's folder; trained or loaded unless an earlier attempt did it from the same input."""
-    folder, done = plan.folder / "tokenizer", work / TOKENIZER_DONE
+    folder, done = plan.tokenizer_folder, work / TOKENIZER_DONE
     key = json.dumps({**plan.settings(), "block_size": None, "threshold": threshold}, sort_keys=True)
     if folder.exists() and done.exists() and done.read_text(encoding="utf-8") == key:
         return describe_tokenizer(folder, plan.tokenizer)
@@ -223,12 +194,11 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
     info = describe_tokenizer(temporary, plan.tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    _write_whole(done, key)
+    write_whole(done, key)
     return info
 
 
 def _encode(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int, num_proc: int) -> list[Taken]:
-    work = plan.folder / WORK_NAME
     is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
     progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
     units = []
@@ -238,7 +208,7 @@ def _encode(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int
             try:
                 unit = stream.take(job, result)
             except UserError:
-                (work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
+                (plan.work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
                 raise
             if unit is not None:
                 units.append(unit)
@@ -257,44 +227,57 @@ def _choose_num_proc(plan: Plan, num_proc: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _make_ledger(plan: Plan, stream: Stream) -> dict:
+def _make_ledgers(plan: Plan, stream: Stream) -> dict[str, dict]:
+    """The ledger of each bucket, or the one."""
     beyond = stream.count_beyond_caps()
-    ledger = {}
+    ledgers: dict[str, dict] = {bucket: {} for bucket in plan.outputs}
     for number, source in enumerate(plan.sources):
         num_files = sum(1 for n, _ in stream.files if n == number)
         ignored = dict(plan.ignored_files.get(number, {}))
-        ledger[source.label] = ledger_entry(stream.counts[number], *beyond[number], num_files, ignored)
-    return json.loads(json.dumps(ledger, default=vars))
+        for ledger, counts in zip(ledgers.values(), stream.counts[number], strict=True):
+            ledger[source.label] = ledger_entry(counts, *beyond[number], num_files, ignored)
+    return json.loads(json.dumps(ledgers, default=vars))
+
+
+def _check_values(plan: Plan, stream: Stream) -> None:
+    """A source without one value of a column that buckets are by is a misspelt column, not text to leave out."""
+    for number, source in enumerate(plan.sources if plan.buckets else ()):
+        counts = stream.counts[number][0]
+        num_texts = counts.num_read - counts.num_empty - counts.num_bad
+        if counts.num_filtered.get(no_value_rule(plan.buckets)) == num_texts > 0:
+            _remove(plan, ("tokenizer",))
+            columns = column_names(plan.buckets)
+            kinds = ", ".join(plan.keep_columns[name] for name in columns)
+            raise UserError(
+                f"{source.label}: the buckets are by {', '.join(columns)} (read as {kinds}) but not one of its "
+                f"{num_texts:,} documents has a value there. Check the spelling in the conditions and in the source."
+            )
 
 
 def _check_length(plan: Plan, stream: Stream) -> None:
-    num_tokens = sum(counts.splits["train"].num_tokens for counts in stream.counts.values())
-    if num_tokens < plan.block_size:
-        _remove(plan.folder, ("tokenizer",), plan.folder / WORK_NAME)
-        raise UserError(
-            f"{plan.folder}: block_size is {plan.block_size:,} but the train documents have only {num_tokens:,} "
-            "tokens together, "
-            "so there is not one block to train on. Give more text, or a smaller block: "
-            f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}."
-        )
+    for number, folder in enumerate(plan.outputs.values()):
+        num_tokens = sum(counts[number].splits["train"].num_tokens for counts in stream.counts.values())
+        if num_tokens < plan.block_size:
+            _remove(plan, ("tokenizer",))
+            where = f"{folder} ({plan.buckets[number].condition})" if plan.buckets else str(folder)
+            raise UserError(
+                f"{where}: block_size is {plan.block_size:,} but the train documents have only {num_tokens:,} "
+                "tokens together, "
+                "so there is not one block to train on. Give more text, or a smaller block: "
+                f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}."
+            )
 
 
-def _leave_nothing_unfinished(folder: Path) -> None:
+def _leave_nothing_unfinished(plan: Plan) -> None:
     """After a failure in front of the first finished piece of work, leave the folder as it was found."""
-    work = folder / WORK_NAME
-    if not (folder / MANIFEST_NAME).exists() and not (work / TOKENIZER_DONE).exists():
-        _remove(folder, ("tokenizer",), work)
+    is_begun = any((folder / MANIFEST_NAME).exists() for folder in plan.outputs.values())
+    if not is_begun and not (plan.work / TOKENIZER_DONE).exists():
+        _remove(plan, ("tokenizer",))
 
 
-def _remove(folder: Path, names: tuple[str, ...], work: Path) -> None:
-    for path in (*(folder / name for name in names), work):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _remove(plan: Plan, names: tuple[str, ...]) -> None:
+    """Remove what an unfinished preparation made: these of each dataset, and the working folder."""
+    for folder in plan.outputs.values():
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(plan.work, ignore_errors=True)

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.buckets import Bucket, column_names
+from data_prep.errors import UserError, did_you_mean
 
 READ_BYTES = 2**20
 MAX_DOCUMENT_BYTES = 2**30  # a document is encoded in one go, with about 100 bytes of memory per token
@@ -42,6 +43,7 @@ class Reading:
     keep_columns: tuple[tuple[str, str], ...]  # name, type
     document_start: str | None
     is_split_by_line: bool
+    buckets: tuple[Bucket, ...] = ()  # whose columns are among keep_columns
 
 
 @dataclass
@@ -148,6 +150,12 @@ def _read_parquet(piece: Piece, reading: Reading) -> Iterator[Record]:
     try:
         with pq.ParquetFile(piece.path) as file:
             check_parquet_column(file, piece.path, reading.text_column)
+            for name in column_names(reading.buckets):
+                if name not in file.schema_arrow.names:
+                    raise UserError(
+                        f"{piece.path}: the buckets are by column {name} but the file has no such column. "
+                        f"{did_you_mean(name, file.schema_arrow.names)} Change the conditions."
+                    )
             present = [name for name, _ in reading.keep_columns if name in file.schema_arrow.names]
             groups = list(range(piece.start, file.num_row_groups if piece.end is None else piece.end))
             columns = list(dict.fromkeys([reading.text_column, *present]))

@@ -11,42 +11,59 @@ from typing import Any
 
 from data_prep.documents import files_path
 from data_prep.errors import UserError
-from data_prep.manifest import MANIFEST_NAME, WORK_NAME, load_manifest, prep_command
+from data_prep.manifest import MANIFEST_NAME, load_manifest, prep_command
 from data_prep.plan import Plan, other_folder
 from data_prep.sources import SourceFile
 
 REQUEST_NAME = "request.json"
+ALIGN_STATE = "align.json"  # in the working folder: encoding is finished, and this is its order
 OWN_NAMES = ("train", "validation", "documents", "tokenizer")
 
 
 def is_complete(plan: Plan) -> bool:
-    """Whether the folder holds exactly this dataset, complete.
+    """Whether the folder holds exactly this dataset (or all its buckets), complete.
 
     Raises:
         UserError: it holds another one, complete or interrupted, or files of somebody else.
     """
-    folder = plan.folder
-    if (folder / MANIFEST_NAME).exists():
+    done = [folder for folder in plan.outputs.values() if (folder / MANIFEST_NAME).exists()]
+    for folder in done:
         manifest = load_manifest(folder)
-        _refuse_other(plan, manifest.settings, "holds a dataset made", manifest.tokenizer.sha256)
+        _refuse_other(plan, folder, manifest.settings, manifest.tokenizer.sha256)
+    if len(done) == len(plan.outputs):
         return True
-    request_path = folder / WORK_NAME / REQUEST_NAME
+    if done and not (plan.work / ALIGN_STATE).exists():
+        raise UserError(
+            f"{plan.folder}: of its buckets only {', '.join(folder.name for folder in done)} is complete, and all are "
+            f"prepared together. Remove what is there, and the same command prepares all: "
+            f"{_remove_command(plan)}"
+        )
+    request_path = plan.work / REQUEST_NAME
     if request_path.exists():
         earlier = json.loads(request_path.read_text(encoding="utf-8"))
         for key in ("tokenizer", "block_size"):
             if not _is_same_tokenizer(earlier[key], plan.settings()[key], None):
-                _refuse_key(plan, key, earlier[key], "holds an interrupted preparation")
-    elif any((folder / name).exists() for name in OWN_NAMES):
-        raise UserError(
-            f"{folder}: is not empty and was not made by prep (it has no {MANIFEST_NAME}). Nothing is overwritten. "
-            f"Give another folder: {other_folder(plan, 'new')}"
-        )
+                _refuse_key(plan, plan.folder, key, earlier[key], "holds an interrupted preparation")
+        begun = [plan.folder / name for name in earlier.get("buckets", {})]
+        if (plan.work / ALIGN_STATE).exists() and set(begun) - set(plan.outputs.values()):
+            raise UserError(
+                f"{plan.folder}: holds an interrupted preparation with buckets {earlier['buckets']}. Nothing is "
+                f"overwritten. Prepare it beside the other: {other_folder(plan, 'new')}; or remove that one first: "
+                f"rm -rf {' '.join(shlex.quote(str(folder)) for folder in (plan.work, *begun))}"
+            )
+        return False
+    for folder in plan.outputs.values():
+        if any((folder / name).exists() for name in OWN_NAMES):
+            raise UserError(
+                f"{folder}: is not empty and was not made by prep (it has no {MANIFEST_NAME}). Nothing is overwritten. "
+                f"Give another folder: {other_folder(plan, 'new')}"
+            )
     return False
 
 
 def save_request(plan: Plan) -> bool:
     """Note in the working folder what is prepared; True if an earlier attempt at exactly this is continued."""
-    path = plan.folder / WORK_NAME / REQUEST_NAME
+    path = plan.work / REQUEST_NAME
     text = json.dumps(plan.settings(), indent=2, sort_keys=True)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return True
@@ -56,21 +73,23 @@ def save_request(plan: Plan) -> bool:
     return False
 
 
-def _refuse_other(plan: Plan, earlier: dict[str, Any], what: str, tokenizer_sha256: str) -> None:
+def _refuse_other(plan: Plan, folder: Path, earlier: dict[str, Any], tokenizer_sha256: str) -> None:
+    what = "holds a dataset made"
     now = json.loads(json.dumps(plan.settings()))
     if not _is_same_tokenizer(earlier["tokenizer"], now["tokenizer"], tokenizer_sha256):
-        _refuse_key(plan, "tokenizer", earlier["tokenizer"], what)
+        _refuse_key(plan, folder, "tokenizer", earlier["tokenizer"], what)
     if earlier["block_size"] != now["block_size"]:
-        _refuse_key(plan, "block_size", earlier["block_size"], what)
-    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "sources"):
+        _refuse_key(plan, folder, "block_size", earlier["block_size"], what)
+    earlier = {"buckets": {}, **earlier}  # which manifests did not always have
+    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "sources"):
         if earlier[key] != now[key]:
-            _refuse_setting(plan, key, earlier[key], now[key])
+            _refuse_setting(plan, folder, key, earlier[key], now[key])
     if earlier["local_files"] != now["local_files"]:
-        changes = _describe_changes(plan, files_path(plan.folder))
+        changes = _describe_changes(plan, files_path(folder))
         raise UserError(
-            f"{plan.folder}: was made from other input: {changes}. The prepared blocks are not touched. "
+            f"{folder}: was made from other input: {changes}. The prepared blocks are not touched. "
             f"Prepare the new input beside it: {other_folder(plan, 'new')}; or remove the old one first: "
-            f"rm -r {shlex.quote(str(plan.folder))} && {prep_command(plan.folder)}"
+            f"{_remove_command(plan)} && {prep_command(folder)}"
         )
 
 
@@ -80,25 +99,31 @@ def _is_same_tokenizer(earlier: Any, now: Any, sha256: str | None) -> bool:
     return now["sha256"] is not None and now["sha256"] in (earlier.get("sha256"), sha256)
 
 
-def _refuse_key(plan: Plan, key: str, earlier: Any, what: str) -> None:
+def _remove_command(plan: Plan) -> str:
+    folders = [folder for folder in plan.outputs.values() if folder.exists()]
+    if not plan.buckets and any(plan.folder.glob(f"*/{MANIFEST_NAME}")):  # its buckets lie beside it and stay
+        folders = [plan.folder / name for name in (MANIFEST_NAME, *OWN_NAMES)]
+    return f"rm -r {' '.join(shlex.quote(str(folder)) for folder in folders)}"
+
+
+def _refuse_key(plan: Plan, folder: Path, key: str, earlier: Any, what: str) -> None:
     now = plan.settings()[key]
     suffix = _describe_tokenizer(now).rstrip("/").split("/")[-1].replace(":", "-") if key == "tokenizer" else str(now)
     shown = [_describe_tokenizer(value) if key == "tokenizer" else value for value in (earlier, now)]
     raise UserError(
-        f"{plan.folder}: {what} with {key} {shown[0]} but {key} {shown[1]} is asked for. Nothing is overwritten. "
+        f"{folder}: {what} with {key} {shown[0]} but {key} {shown[1]} is asked for. Nothing is overwritten. "
         f"Prepare it beside the other: {other_folder(plan, suffix)} "
         f"{'TOKENIZER' if key == 'tokenizer' else 'BLOCK_SIZE'}={shown[1]}"
     )
 
 
-def _refuse_setting(plan: Plan, key: str, earlier: Any, now: Any) -> None:
+def _refuse_setting(plan: Plan, folder: Path, key: str, earlier: Any, now: Any) -> None:
     if key == "sources" and len(earlier) == len(now):
         pairs = [(name, a.get(name), b.get(name)) for a, b in zip(earlier, now, strict=True) for name in {**a, **b}]
         key, earlier, now = next((name, a, b) for name, a, b in pairs if a != b)
     raise UserError(
-        f"{plan.folder}: was made with {key} {earlier!r} but {now!r} is asked for. Nothing is overwritten. "
-        f"Prepare it beside the other: {other_folder(plan, 'new')}; or remove that one first: rm -r "
-        f"{shlex.quote(str(plan.folder))}"
+        f"{folder}: was made with {key} {earlier!r} but {now!r} is asked for. Nothing is overwritten. "
+        f"Prepare it beside the other: {other_folder(plan, 'new')}; or remove that one first: {_remove_command(plan)}"
     )
 
 

@@ -120,7 +120,8 @@ def describe_catalogue() -> str:
         ]
         tokenizer = entry.default_tokenizer
         shown = f"train:{tokenizer['train']}" if isinstance(tokenizer, dict) else tokenizer
-        rows.append((name, *numbers, entry.licence, shown, str(entry.default_block_size), entry.description))
+        buckets = "".join(f"; /{bucket}: {condition}" for bucket, condition in entry.buckets.items())
+        rows.append((name, *numbers, entry.licence, shown, str(entry.default_block_size), entry.description + buckets))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
@@ -128,5 +129,6 @@ def describe_catalogue() -> str:
             *lines,
             "",
             "Prepare one: make prep DATASET=<name>. Where a number comes from: data_prep/datasets/<name>.yaml.",
+            "What begins with / is a bucket: make prep DATASET=<name>/<bucket> prepares all of a dataset's, apart.",
         ]
     )

@@ -1,8 +1,8 @@
 """Where documents come from: what the user named, turned into a list of files.
 
-In: `fineweb`, `fineweb:100000`, `corpus/`, `notes/*.md`, `a.jsonl.gz`, `user/dataset`. Out: one `Source` each, with its
-files in a fixed order. A listed name comes first, then what exists here, then a Hub id (it has a slash). A bare name is
-never looked up on the Hub.
+In: `fineweb`, `fineweb:100000`, `fineweb-edu-10bt/high`, `corpus/`, `notes/*.md`, `a.jsonl.gz`, `user/dataset`. Out:
+one `Source` each, with its files in a fixed order. A listed name comes first, then what exists here, then a Hub id (it
+has a slash). A bare name is never looked up on the Hub.
 """
 
 import glob
@@ -11,10 +11,10 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.catalog import DatasetEntry, entry_names, load_entry
+from data_prep.catalog import DatasetEntry, entry_names, load_entry, split_bucket
 from data_prep.errors import UserError, did_you_mean
 from data_prep.sizes import parse_count
 
@@ -165,7 +165,9 @@ def _split_cap(spec: str) -> tuple[str, int | None]:
 
 def _find_entry(name: str) -> DatasetEntry:
     if name in entry_names():
-        return load_entry(name)
+        return replace(load_entry(name), buckets={})
+    if split_bucket(name)[1] is not None:
+        return load_entry(split_bucket(name)[0])
     if os.path.exists(name) or glob.glob(name, recursive=True):
         stem = Path(os.path.abspath(name)).name if os.path.isdir(name) else _stem(name)
         return _entry_for(stem, f"local files of {name}", path=name)
@@ -173,6 +175,9 @@ def _find_entry(name: str) -> DatasetEntry:
         raise UserError(
             f"{name}: no file matches. Paths are relative to {os.getcwd()}; quote the pattern so that it arrives whole."
         )
+    dataset, _, bucket = name.partition("/")
+    if dataset in entry_names() and (known := load_entry(dataset).buckets):
+        raise UserError(f"{name}: {dataset} has no bucket {bucket}. {did_you_mean(bucket, known)}")
     if HUB_ID.fullmatch(name) and _extension(name) is None:
         return _entry_for(name.split("/")[1], f"Hub dataset {name}", repository=name)
     if os.sep in name or _extension(name) is not None:

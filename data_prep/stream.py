@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_prep.align import Taken, read_rows
-from data_prep.encode import Job, UnitResult
+from data_prep.buckets import Bucket, bucket_names
+from data_prep.encode import Job, UnitResult, run_name
 from data_prep.errors import UserError
 from data_prep.ledger import TRAIN, VALIDATION, Counts, count_rows
 from data_prep.manifest import SPLITS
@@ -32,7 +33,8 @@ class Stream:
     keep_columns: dict[str, str]
     max_tokens: int | None
     max_docs: int | None
-    counts: dict[int, Counts] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
+    counts: dict[int, list[Counts]] = field(default_factory=dict)  # by source, for each bucket or the one
     num_units_used: dict[int, int] = field(default_factory=dict)
     beyond_cap: dict[int, int] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)  # sources whose train documents are enough
@@ -40,7 +42,8 @@ class Stream:
 
     def __post_init__(self) -> None:
         for number in range(len(self.sources)):
-            self.counts[number], self.num_units_used[number], self.beyond_cap[number] = Counts(), 0, 0
+            self.counts[number] = [Counts() for _ in bucket_names(self.buckets)]
+            self.num_units_used[number] = self.beyond_cap[number] = 0
 
     def units(self) -> Iterator[Unit | None]:
         """All units: source by source, train before an official validation split; none of a source that has enough.
@@ -69,6 +72,7 @@ class Stream:
             tuple(self.keep_columns.items()),
             entry.document_start,
             self.sources[number].is_split_by_line,
+            self.buckets,
         )
 
     def take(self, job: Job, result: UnitResult) -> Taken | None:
@@ -82,19 +86,23 @@ class Stream:
         first_record, self._line = self._line, self._line + result.num_records
         if unit.split == "train" and number in self.finished:
             return None
-        counts, num_rows = result.counts, sum((result.counts.num_read,))
+        counts = result.counts
+        num_rows = num_read = counts[0].num_read
         if unit.split == "train":
             self.num_units_used[number] += 1
             num_rows = self._rows_within_caps(job, result)
-        if num_rows < result.counts.num_read:
+        if num_rows < num_read:
             rows = read_rows(job.work, job.key)
-            counts = count_rows(_first_rows(rows, num_rows), job.tokenizer.is_bos_written)
-            self.beyond_cap[number] += result.counts.num_read - num_rows
+            counts = count_rows(_first_rows(rows, num_rows), job.tokenizer.is_bos_written, self.buckets)
+            self.beyond_cap[number] += num_read - num_rows
         elif result.problem is not None and number not in self.finished:
             file, record, what = result.problem
             raise UserError(self.describe_problem(file, record + first_record, what))
-        self.counts[number].add(counts)
-        return Taken(job.key, num_rows, first_record, {name: counts.splits[name].num_tokens for name in SPLITS})
+        num_tokens = {}
+        for name, total, new in zip(bucket_names(self.buckets), self.counts[number], counts, strict=True):
+            total.add(new)
+            num_tokens |= {run_name(name, split): new.splits[split].num_tokens for split in SPLITS}
+        return Taken(job.key, num_rows, first_record, num_tokens)
 
     def count_beyond_caps(self) -> dict[int, tuple[int, bool]]:
         """By source, the documents beyond its cap as far as known without reading them, and whether that is all."""
@@ -182,12 +190,12 @@ class Stream:
         limits = [cap - done for cap, done in ((cap_here, done_here), (self.max_docs, done_all)) if cap is not None]
         docs_left = min(limits) if limits else None
         tokens_left = None if self.max_tokens is None else self.max_tokens - tokens_all
-        num_documents = sum(result.counts.splits[name].num_documents for name in SPLITS)
-        num_tokens = sum(result.counts.splits[name].num_tokens for name in SPLITS)
+        num_documents = sum(each.splits[name].num_documents for each in result.counts for name in SPLITS)
+        num_tokens = sum(each.splits[name].num_tokens for each in result.counts for name in SPLITS)
         is_cut_by_docs = docs_left is not None and num_documents >= docs_left
         is_cut_by_tokens = tokens_left is not None and num_tokens >= tokens_left
         if not is_cut_by_docs and not is_cut_by_tokens:
-            return result.counts.num_read
+            return result.counts[0].num_read
         rows = read_rows(job.work, job.key)
         status = rows["status"].to_numpy()
         is_kept = (status == TRAIN) | (status == VALIDATION)
@@ -206,17 +214,17 @@ class Stream:
         return end + 1
 
 
-def _num_documents(counts: Counts, source: Source) -> int:
+def _num_documents(counts: list[Counts], source: Source) -> int:
     """Documents that a cap counts: an official validation split is not part of the prefix."""
     names = ("train",) if source.has_official_validation else SPLITS
-    return sum(counts.splits[name].num_documents for name in names)
+    return sum(each.splits[name].num_documents for each in counts for name in names)
 
 
-def _num_tokens(counts: Counts, source: Source) -> int:
+def _num_tokens(counts: list[Counts], source: Source) -> int:
     names = ("train",) if source.has_official_validation else SPLITS
-    return sum(counts.splits[name].num_tokens for name in names)
+    return sum(each.splits[name].num_tokens for each in counts for name in names)
 
 
 def _first_rows(rows: object, num_rows: int) -> dict[str, np.ndarray]:
     table = rows.slice(0, num_rows)
-    return {name: table[name].to_numpy() for name in ("status", "num_tokens", "num_bytes", "num_characters")}
+    return {name: table[name].to_numpy() for name in ("status", "bucket", "num_tokens", "num_bytes", "num_characters")}

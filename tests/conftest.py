@@ -132,6 +132,22 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Prepar
     return ready
 
 
+@pytest.fixture(scope="session")
+def second_dataset(prepared: Prepared) -> Path:
+    """Another dataset of the same tokenizer and block size: the tiny corpus in another order. Read only."""
+    folder = prepared.folder.with_name("second")
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "manifest.json").exists():
+            corpus = folder.with_name("second_corpus")
+            corpus.mkdir(exist_ok=True)
+            for number, path in enumerate(sorted(prepared.corpus.glob("*.txt"), reverse=True)):
+                (corpus / f"{number}.txt").write_text(path.read_text(encoding="utf-8")[::2], encoding="utf-8")
+            prep = ["prep", corpus, "--tokenizer", prepared.tokenizer, "--block-size", "64", "--out", folder]
+            result = run_command(["-m", "data_prep", *prep, "--num-proc", "1"])
+            assert result.code == 0, result.stderr
+    return folder
+
+
 def write_corpus(folder: Path) -> None:
     """Write the tiny corpus; the same bytes each time. One document holds texts that look like control tokens."""
     rng = random.Random(1)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = {"help", "install", "demo", "test", "lint", "datasets", "prep", "inspect", "check"}
-VERBS |= {"train", "sample", "export", "push"}
+VERBS |= {"train", "sample", "explain", "export", "push"}
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -60,6 +60,14 @@ def test_make_alone_shows_every_verb():
             ],
         ),
         (["push", "RUN=demo", "ARGS=--private"], ['.venv/bin/python -m clm push "demo" --private']),
+        (
+            ["explain", "RUN=demo", "STEP=1200", "CHECKPOINT=1000"],
+            ['.venv/bin/python -m clm explain "demo" --step "1200" --checkpoint "1000"'],
+        ),
+        (
+            ["explain", "RUN=demo", 'GREP=say "$HOME"'],
+            ['.venv/bin/python -m clm explain "demo" --grep="$CLM_GREP"'],
+        ),
         (["datasets"], [".venv/bin/python -m data_prep datasets"]),
     ],
 )
@@ -85,7 +93,7 @@ def test_demo_prepares_trains_and_proves():
 @pytest.mark.parametrize(
     ("verb", "name"),
     [("prep", "DATASET"), ("inspect", "DATASET"), ("check", "DATASET"), ("train", "RECIPE")]
-    + [(verb, "RUN") for verb in ("sample", "export", "push")],
+    + [(verb, "RUN") for verb in ("sample", "explain", "export", "push")],
 )
 def test_a_missing_name_is_one_sentence_with_an_example(verb, name):
     done = make(verb)

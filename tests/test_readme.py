@@ -18,6 +18,7 @@ import pytest
 from make_here import make
 
 from clm import recipe as recipe_module
+from clm import recipe_sections as sections_module
 from clm.arguments import DEFAULTS, DERIVED, check_training
 from clm.model import count_parameters, load_config
 
@@ -202,8 +203,9 @@ def test_the_table_of_recipes_has_their_parameters_and_tokens(monkeypatch):
         _, parameters, tokens, *_ = [cell.strip() for cell in row.strip("|").split("|")]
         if recipe.model.config:
             assert parameters == f"{count_parameters(load_config(recipe.model.config)) / 1e6:.1f} M", row
-        size, unit = (recipe.data.tokens / 1e9, "B") if recipe.data.tokens >= 1e9 else (recipe.data.tokens / 1e6, "M")
-        assert tokens == f"{round(size, 1):g} {unit} of `{recipe.data.mixture[0].dataset}`", row
+        num_tokens = sum(stage.tokens for stage in recipe.data.all_stages)
+        size, unit = (num_tokens / 1e9, "B") if num_tokens >= 1e9 else (num_tokens / 1e6, "M")
+        assert tokens == f"{round(size, 1):g} {unit} of `{next(iter(recipe.data.datasets))}`", row
 
 
 # --- docs/ ------------------------------------------------------------------------------------------------------------
@@ -295,13 +297,16 @@ def check_recipe_line(words: list[str]) -> None:
 def recipe_keys() -> set[str]:
     """Every key of the code's sections, those of list entries as `data.mixture[].weight`."""
     inner = {
-        "data.mixture": ("[]", recipe_module.MixtureItem),
-        "data.validation": ("[]", recipe_module.ValidationItem),
-        "run.samples": ("", recipe_module.SampleSettings),
+        "data.mixture": ("[]", sections_module.MixtureItem),
+        "data.stages": ("[]", sections_module.StageItem),
+        "data.validation": ("[]", sections_module.ValidationItem),
+        "run.samples": ("", sections_module.SampleSettings),
+        "run.retention": ("", sections_module.Retention),
+        "run.spikes": ("", sections_module.SpikeSettings),
     }
     keys = set()
     for section in ("model", "data", "run"):
-        for item in dataclasses.fields(getattr(recipe_module, f"{section.title()}Section")):
+        for item in dataclasses.fields(getattr(sections_module, f"{section.title()}Section")):
             key = f"{section}.{item.name}"
             mark, entry = inner.get(key, ("", None))
             keys |= {f"{key}{mark}.{sub.name}" for sub in dataclasses.fields(entry)} if entry else set()
@@ -325,9 +330,12 @@ def test_the_defaults_of_train_md_are_those_of_the_code():
     text = (ROOT / "docs/train.md").read_text(encoding="utf-8")
     shown = dict(re.findall(r"^\| `([a-z_.\[\]]+)` \| `([^`]+)` \|", text, flags=re.MULTILINE))
     sections = {
-        "model": recipe_module.ModelSection(),
-        "data": recipe_module.DataSection(),
-        "run.samples": recipe_module.SampleSettings(),
+        "model": sections_module.ModelSection(),
+        "data": sections_module.DataSection(),
+        "run": sections_module.RunSection(),
+        "run.samples": sections_module.SampleSettings(),
+        "run.retention": sections_module.Retention(),
+        "run.spikes": sections_module.SpikeSettings(),
     }
     real = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
     real |= {f"training.{key}": value for key, value in DEFAULTS.items()} | {"data.mixture[].weight": 1.0}
@@ -341,6 +349,6 @@ def test_every_key_that_is_named_anywhere_exists(path):
     from transformers import TrainingArguments
 
     known = recipe_keys() | {f"training.{field.name}" for field in dataclasses.fields(TrainingArguments)} | NOT_KEYS
-    known |= {"run.samples", "training.lr_scheduler_kwargs.num_decay_steps"}
+    known |= {"run.samples", "run.retention", "run.spikes", "training.lr_scheduler_kwargs.num_decay_steps"}
     for key in re.findall(r"(?<![\w./])(?:model|data|run|training)\.[a-z_]+(?:\[\]\.[a-z_]+|\.[a-z_]+)?\b", code(path)):
         assert key in known, key

@@ -15,6 +15,19 @@ import yaml
 
 BLOCK_SIZE = 32  # a prepared block, of 64, is two rows
 
+RECIPE = """\
+model:
+  config: {config}
+data:
+  mixture: [{{dataset: {dataset}}}]
+  block_size: 32
+  tokens: 10_000
+  tokens_per_step: 512
+training:
+  per_device_train_batch_size: 8
+  learning_rate: 1e-3
+"""
+
 
 @pytest.fixture(scope="session")
 def small_run(prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +57,69 @@ def small_run(prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_copy(small_run: Path, tmp_path: Path) -> Path:
     """A copy of the run that a test may change."""
     return Path(shutil.copytree(small_run, tmp_path / "runs" / "small"))
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path, prepared, monkeypatch: pytest.MonkeyPatch):
+    """`plan_of("data.tokens=1K", num_processes=2) -> Plan` of a recipe of 20 steps of 512 tokens."""
+    from clm.plan import make_plan
+    from clm.recipe import load_recipe
+
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "vocab_size": 384,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 64,
+            }
+        )
+    )
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(config=config, dataset=prepared.folder))
+
+    def plan(*overrides, num_processes=1):
+        return make_plan(load_recipe(path, overrides), num_processes)
+
+    return plan
+
+
+@pytest.fixture
+def started(plan_of):
+    """`started("data.tokens=1K", newest=5) -> the folder of a run that was started and has trained 5 of its steps`."""
+    from clm.run_record import write_record
+
+    def make(*overrides, num_processes=1, newest=0):
+        plan = plan_of(*overrides, num_processes=num_processes)
+        plan.run_folder.mkdir(parents=True, exist_ok=True)
+        write_record(plan)
+        lines = [json.dumps({"step": step, "loss": 5.0}) + "\n" for step in range(1, newest + 1)]
+        (plan.run_folder / "metrics.jsonl").write_text("".join(lines))
+        make.plan = plan
+        return plan.run_folder
+
+    return make
+
+
+@pytest.fixture
+def two_documents(tmp_path, prepared):
+    """(folder, overrides): two documents, of which the first holds markup and an escape sequence, in blocks of 32; and
+    what makes `started` a run of two steps on them, each of two rows of 16 tokens, in written order."""
+    from data_prep.__main__ import main as prep
+
+    texts = ["<script>alert('x')</script>\x1b[31m & naïve\n", "The river carries seven stones 🙂.\n" * 4]
+    rows = [json.dumps({"text": text, "url": f"https://example.org/{i}?a=1&b=<i>"}) for i, text in enumerate(texts)]
+    folder = tmp_path / "two"
+    (tmp_path / "two.jsonl").write_text("\n".join(rows))
+    options = ["--tokenizer", prepared.tokenizer, "--block-size", 32, "--val-fraction", 0, "--num-proc", 1]
+    assert prep(list(map(str, ["prep", tmp_path / "two.jsonl", *options, "--out", folder]))) == 0
+    data = [f"data.mixture=[{{dataset: {folder}}}]", "data.validation=[]", "data.shuffle=false", "data.tokens=64"]
+    return folder, [*data, "data.block_size=16", "data.tokens_per_step=32", "training.per_device_train_batch_size=2"]
 
 
 def _make_model(dataset: Path):
@@ -112,9 +188,18 @@ def _make_recipe(dataset: Path, num_parameters: int, evaluation: dict) -> dict:
         },
         "resolved": {
             "num_processes": 1,
-            "gradient_accumulation_steps": 1,
             "num_steps": 10,
-            "tokens_per_step": 640,
+            "stages": [
+                {
+                    "name": "main",
+                    "num_steps": 10,
+                    "num_tokens": 6400,
+                    "block_size": BLOCK_SIZE,
+                    "tokens_per_step": 640,
+                    "gradient_accumulation_steps": 1,
+                    "shares": {"tiny": 1.0},
+                }
+            ],
             "num_tokens": 6400,
             "num_parameters": num_parameters,
             "precision": "fp32",

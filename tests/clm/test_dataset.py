@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clm.dataset import PermutedTargets, TrainBlocks, ValidationRows, as_batch, collate
-from clm.order import Order, OrderSource
+from clm.order import Order, OrderSource, OrderStage
 from data_prep.blocks import Blocks
 
 
@@ -17,14 +17,14 @@ def train(prepared) -> Blocks:
 
 
 def dataset(train: Blocks, block_size: int, shuffle: bool = True) -> TrainBlocks:
-    order = Order([OrderSource(train.num_blocks, Fraction(1))], 1, shuffle)
+    order = Order([OrderSource(train.num_blocks)], [OrderStage(None, (Fraction(1),))], 1, shuffle)
     return TrainBlocks([train], order, block_size, train.num_blocks)
 
 
 @pytest.mark.parametrize("block_size", [64, 32, 16])
 def test_rows_in_written_order_are_the_token_stream_and_targets_the_stream_one_later(train, block_size):
     stream = train.shard_tokens(0).astype(np.int64)
-    inputs, targets = dataset(train, block_size, shuffle=False).__getitems__(list(range(train.num_blocks)))
+    inputs, targets, _ = dataset(train, block_size, shuffle=False).__getitems__(list(range(train.num_blocks)))
     assert inputs.shape == (train.num_tokens // block_size, block_size)
     assert np.array_equal(inputs.reshape(-1), stream)
     assert np.array_equal(targets.reshape(-1)[:-1], stream[1:]), "the last position of each row is trained"
@@ -32,7 +32,7 @@ def test_rows_in_written_order_are_the_token_stream_and_targets_the_stream_one_l
 
 
 def test_a_pass_in_shuffled_order_has_every_token_once(train):
-    inputs, _ = dataset(train, 32).__getitems__(list(range(train.num_blocks)))
+    inputs, _, _ = dataset(train, 32).__getitems__(list(range(train.num_blocks)))
     stream = train.shard_tokens(0).reshape(-1, 32)
     assert sorted(map(bytes, inputs.astype(np.uint16))) == sorted(map(bytes, stream))
     assert not np.array_equal(inputs, stream)
@@ -69,11 +69,11 @@ def test_a_batch_gives_the_loss_by_hand_and_is_shifted_once(train):
 
 
 def test_samples_of_two_datasets_come_from_the_right_one(train):
-    order = Order([OrderSource(train.num_blocks, Fraction(1, 2))] * 2, 1)
+    order = Order([OrderSource(train.num_blocks)] * 2, [OrderStage(None, (Fraction(1, 2),) * 2)], 1)
     both = TrainBlocks([train, train], order, 64, 100)
     which, block = order.block_at(np.arange(40))
-    inputs, _ = both.__getitems__(list(range(40)))
-    assert set(which) == {0, 1}
+    inputs, _, samples = both.__getitems__(list(range(40)))
+    assert samples == list(range(40)) and set(which) == {0, 1}
     assert np.array_equal(inputs, train.read(block)[:, :-1])
 
 

@@ -9,7 +9,7 @@ import torch
 
 from clm.model import build_model, check_model, choose_attention, draw_weights, load_config
 from clm.problems import Problems
-from clm.recipe import ModelSection
+from clm.recipe_sections import ModelSection
 from data_prep.errors import UserError
 
 TINY = {
@@ -115,19 +115,18 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, block_size, expected",
+    "changes, expected",
     [
-        ({}, 64, None),
-        ({"vocab_size": 448}, 64, None),  # padded to a multiple of 64
-        ({"vocab_size": 300}, 64, "Ids above 299 would have no embedding"),
-        ({"vocab_size": 50_000}, 64, "49616 rows would never be trained"),
-        ({}, 256, "max_position_embeddings 128"),
+        ({}, None),
+        ({"vocab_size": 448}, None),  # padded to a multiple of 64
+        ({"vocab_size": 300}, "Ids above 299 would have no embedding"),
+        ({"vocab_size": 50_000}, "49616 rows would never be trained"),
     ],
 )
-def test_model_tokenizer_and_block_size_must_fit(config_file, tokenizer, changes, block_size, expected):
+def test_model_and_tokenizer_must_fit(config_file, tokenizer, changes, expected):
     path = config_file(**changes)
     problems = Problems("r.yaml", {})
-    check_model(ModelSection(config=path), load_config(path), tokenizer, "data/x", block_size, problems)
+    check_model(ModelSection(config=path), load_config(path), tokenizer, "data/x", problems)
     assert (expected is None and not problems.messages) or expected in "\n".join(problems.messages)
 
 
@@ -137,7 +136,7 @@ def test_a_base_model_with_another_tokenizer_is_refused(config_file, tokenizer, 
     def problems_with(folder: Path) -> str:
         problems = Problems("r.yaml", {})
         config = load_config(config_file())
-        check_model(ModelSection(init=str(folder)), config, tokenizer, "data/x", 64, problems)
+        check_model(ModelSection(init=str(folder)), config, tokenizer, "data/x", problems)
         return "\n".join(problems.messages)
 
     same = tmp_path / "same"
@@ -160,5 +159,7 @@ def test_attention_auto_is_explained_and_flash_without_bf16_or_gpu_is_refused():
     assert choose_attention("eager", bf16=False, has_gpu=False)[0] == "eager"
     with pytest.raises(UserError, match="there is no CUDA GPU"):
         choose_attention("flash_attention_2", bf16=True, has_gpu=False)
+    with pytest.raises(UserError, match="on a CPU PyTorch has no backward for it"):
+        choose_attention("flex_attention", bf16=False, has_gpu=False)
     with pytest.raises(UserError, match="Set training.bf16: true"):
         choose_attention("flash_attention_2", bf16=False, has_gpu=True)

@@ -4,61 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from clm.plan import describe_plan, learning_rates, make_plan
+from clm.plan import make_plan
+from clm.plan_text import describe_plan, learning_rates
 from clm.prepare import prep_commands
 from clm.problems import RecipeError
 from clm.recipe import load_recipe
 from data_prep.catalog import load_entry
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))
-TEXT = """\
-model:
-  config: {config}
-data:
-  mixture: [{{dataset: {dataset}}}]
-  block_size: 32
-  tokens: 10_000
-  tokens_per_step: 512
-training:
-  per_device_train_batch_size: 8
-  learning_rate: 1e-3
-"""
-
-
-@pytest.fixture
-def plan_of(tmp_path, prepared, monkeypatch):
-    import json
-
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps(
-            {
-                "model_type": "llama",
-                "vocab_size": 384,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 64,
-            }
-        )
-    )
-    path = tmp_path / "r.yaml"
-    path.write_text(TEXT.format(config=config, dataset=prepared.folder))
-
-    def plan(*overrides, num_processes=1):
-        return make_plan(load_recipe(path, overrides), num_processes)
-
-    return plan
 
 
 def test_steps_and_accumulation_follow_from_tokens(plan_of):
     plan = plan_of()
     assert plan.num_steps == 20  # ceil(10,000 / 512)
-    assert plan.gradient_accumulation_steps == 2  # 512 / (8 x 32)
-    assert (plan.samples_per_step, plan.samples_per_micro_batch) == (8, 4)  # prepared blocks hold 64 tokens
-    assert plan_of(num_processes=2).gradient_accumulation_steps == 1
+    stage = plan.timeline.stages[0]
+    assert plan.accumulation(stage) == 2  # 512 / (8 x 32)
+    assert (stage.samples_per_step, plan.samples_per_micro_batch) == (8, 4)  # prepared blocks hold 64 tokens
+    assert plan_of(num_processes=2).accumulation(stage) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,7 +89,7 @@ def test_every_recipe_passes_a_dry_run(path, tmp_path, monkeypatch):
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     plan = make_plan(load_recipe(path), num_processes=1, dry_run=True)
     text = describe_plan(plan)
-    assert f"= {plan.tokens_per_step:,} tokens per step" in text
+    assert f"= {plan.timeline.stages[0].tokens_per_step:,} tokens per step" in text
     assert "not checked" in text, "nothing is prepared in this folder"
     with pytest.raises(RecipeError, match="make prep RECIPE="):
         make_plan(load_recipe(path), num_processes=1)

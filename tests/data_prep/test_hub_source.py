@@ -13,12 +13,13 @@ from data_prep.hub import with_retries
 from data_prep.manifest import load_manifest
 
 TOKEN = "hf_thisIsASecretThatMustNotBeSeen"
+EDU_SCORES = [2.5, 2.99, 3.0, 4.5] * 5
 ARTICLES = ["", " = First = \n", "", " Some words of it .\n", " = = Part = = \n", " = Second = \n", " More words .\n"]
 
 
-def parquet(texts: list[str]) -> bytes:
+def parquet(texts: list[str], **more: list) -> bytes:
     buffer = io.BytesIO()
-    columns = {"text": texts, "url": [f"https://example.org/{text[:8]}" for text in texts]}
+    columns = {"text": texts, "url": [f"https://example.org/{text[:8]}" for text in texts], **more}
     pq.write_table(pa.table(columns), buffer, row_group_size=5)
     return buffer.getvalue()
 
@@ -50,6 +51,11 @@ def hub():
             "wikitext-2-raw-v1/train-0.parquet": parquet(ARTICLES[:5]),
             "wikitext-2-raw-v1/train-1.parquet": parquet(ARTICLES[5:]),
             "wikitext-2-raw-v1/validation-0.parquet": parquet([" = Third = \n", " Held out .\n"]),
+        },
+        "HuggingFaceFW/fineweb-edu": {
+            "README.md": b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n"
+            b"  - split: train\n    path: sample/10BT/*\n---\n",
+            **{f"sample/10BT/00{n}.parquet": parquet(texts_of(f"part {n}"), score=EDU_SCORES) for n in range(2)},
         },
         "owner/gated": {"README.md": b"", "data/train-0.parquet": parquet(["x"])},
         "owner/lines": {"train.jsonl": b'{"text": "a line of JSON"}\n' * 5},
@@ -117,6 +123,19 @@ def test_wikitext_is_joined_into_articles_and_its_validation_split_is_used(prep,
     assert read_documents(out, "train") == ["".join(ARTICLES[1:5]), "".join(ARTICLES[5:])]
     assert read_documents(out, "validation") == [" = Third = \n Held out .\n"]
     assert load_manifest(out).validation["official"] == ["wikitext2"]
+
+
+def test_a_bucket_of_a_listed_dataset_prepares_all_its_buckets_from_one_download(hub, prep, tmp_path):
+    hub.downloads.clear()
+    result = prep("fineweb-edu-10bt/high", "--val-fraction", 0)
+    assert result.code == 0, result.stderr
+    assert set(hub.downloads.values()) == {1} and len(hub.downloads) == 2
+    texts = [*texts_of("part 0"), *texts_of("part 1")]
+    for bucket, places in (("low", (0, 1)), ("high", (2, 3))):
+        folder = tmp_path / "data" / "fineweb-edu-10bt" / bucket
+        assert read_documents(folder, "train") == [text for i, text in enumerate(texts) if i % 4 in places]
+    again = prep("fineweb-edu-10bt/low", "--val-fraction", 0, HF_HUB_OFFLINE="1")
+    assert again.code == 0 and again.stdout.count("nothing to do") == 2
 
 
 def test_json_lines_on_the_hub_are_read_too(prep, tmp_path):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from clm.order import Order, OrderSource, OrderStage
+from data_prep.blocks import Blocks
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,6 +76,23 @@ def train(recipe: Path) -> Callable[..., Path]:
         return Path(os.environ["RUNS_DIR"]) / name
 
     return run
+
+
+@pytest.fixture(scope="session")
+def samples_of_step(prepared) -> dict[int, np.ndarray]:
+    """Step -> blocks of its batch in the recipe of this folder."""
+    order = Order([OrderSource(Blocks(prepared.folder, "train").num_blocks)], [OrderStage(None, (Fraction(1),))], 3)
+    return {step: order.block_at(np.arange(8 * step - 8, 8 * step))[1] for step in range(1, 121)}
+
+
+@pytest.fixture(scope="session")
+def poisoned(prepared, samples_of_step, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepared data with random tokens in the batches of two steps; to all that reads it, it is sound."""
+    from .poison import BAD, poison
+
+    folder = Path(shutil.copytree(prepared.folder, tmp_path_factory.mktemp("poisoned") / "tiny"))
+    poison(folder, np.concatenate([samples_of_step[step] for step in BAD]))
+    return folder
 
 
 def read_metrics(run: Path) -> list[dict]:

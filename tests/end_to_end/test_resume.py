@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from clm.order import ORDER_VERSION
 from clm.run_folder import list_checkpoints
 from data_prep.errors import UserError
 
@@ -50,7 +51,7 @@ def test_a_killed_run_ends_with_the_losses_and_weights_of_an_uninterrupted_one(t
     straight = train(name="straight")  # with dropout: a lost random state would show
     run = straight.with_name("killed")
     kill_after_step(start(recipe, "training.run_name=killed"), run, 12)
-    assert [step for step, _ in list_checkpoints(run)] in ([5, 10], [10])
+    assert [step for step, _ in list_checkpoints(run)] in ([5], [5, 10], [10])  # that of step 10 may not be written yet
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "lo')  # a torn line, as a power cut leaves it
     train(name="killed")
@@ -64,7 +65,7 @@ def test_a_killed_run_ends_with_the_losses_and_weights_of_an_uninterrupted_one(t
 
 def test_a_checkpoint_between_two_log_points_keeps_the_mean_that_was_being_built(train):
     straight = train("training.logging_steps=4", name="straight")
-    run = train("training.logging_steps=4", "training.save_total_limit=9", name="resumed")
+    run = train("training.logging_steps=4", "run.retention={last: 9}", name="resumed")
     (run / "final").rename(run / "gone")
     for step in (10, 20):
         (run / f"checkpoint-{step}").rename(run / f"gone-{step}")
@@ -155,8 +156,8 @@ def test_a_second_training_of_one_run_is_refused_while_the_first_lives(train, re
 
 
 def test_rotation_goes_by_step_number(train):
-    run = train("training.save_total_limit=3", "training.save_steps=1")
+    run = train("run.retention={last: 3}", "training.save_steps=1")
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-18", "checkpoint-19", "checkpoint-20"]
     facts = json.loads((run / "checkpoint-20" / "checkpoint.json").read_text())
-    assert (facts["step"], facts["tokens"], facts["order_version"]) == (20, 10240, 1)
+    assert (facts["step"], facts["tokens"], facts["order_version"]) == (20, 10240, ORDER_VERSION)
     assert "optimizer.pt" in facts["files"] and len(facts["files"]["optimizer.pt"]["sha256"]) == 64

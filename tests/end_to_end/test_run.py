@@ -31,7 +31,8 @@ def test_a_run_writes_everything_the_contract_names(train):
     assert evaluation["eval_perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
     assert points[-1]["loss"] < points[0]["loss"] - 1.0
     resolved = yaml.safe_load((run / "recipe.yaml").read_text())["resolved"]
-    assert (resolved["num_processes"], resolved["gradient_accumulation_steps"], resolved["num_steps"]) == (1, 2, 20)
+    assert (resolved["num_processes"], resolved["num_steps"], resolved["num_tokens"]) == (1, 20, 10_240)
+    assert resolved["stages"][0]["gradient_accumulation_steps"] == 2
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-20"]
     assert len((run / "samples.jsonl").read_text().splitlines()) == 3
     assert not (run / ".saving").exists()

@@ -1,0 +1,108 @@
+"""What a checkpoint holds: collected from a trainer, and written under the names of stock's files.
+
+In: a trainer between two steps. Out: a nest of live tensors (`collect`), which may be copied before it is written
+(`write_files`). Stock's loading reads what is written here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import platform
+import random
+import re
+import shutil
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.training_args import ParallelMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from clm.trainer import ClmTrainer
+
+# Files that each rank writes for itself: stock's random state, DeepSpeed's shards. All others are the publisher's.
+_RANK_FILE = re.compile(r"rng_state_(\d+)\.pth$|(?:^|/)(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank")
+
+
+def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
+    """This rank's part of a checkpoint; nothing is copied.
+
+    Args:
+        is_publisher: model, optimizer and trainer state are this rank's to write, not only its random state.
+    """
+    args = trainer.args
+    name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
+    files: dict[str, Any] = {name: random_state(args.parallel_mode == ParallelMode.DISTRIBUTED)}
+    if not is_publisher:
+        return {"files": files}
+    files["optimizer.pt"] = trainer.optimizer.state_dict()
+    files["scheduler.pt"] = trainer.lr_scheduler.state_dict()
+    if getattr(trainer.accelerator, "scaler", None) is not None:
+        files["scaler.pt"] = trainer.accelerator.scaler.state_dict()
+    return {"files": files, "model": trainer.model.state_dict(), "trainer_state": trainer_state(trainer)}
+
+
+def random_state(is_distributed: bool) -> dict[str, Any]:
+    """What stock's rng_state.pth holds (transformers/trainer.py, _save_rng_state), for CPU and CUDA."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        cuda = torch.cuda.random
+        state["cuda"] = cuda.get_rng_state_all() if is_distributed else cuda.get_rng_state()
+    return state
+
+
+def trainer_state(trainer: ClmTrainer) -> TrainerState:
+    """A copy of the trainer's state, completed as stock's _save_checkpoint does."""
+    state = copy.copy(trainer.state)
+    state.log_history = list(state.log_history)  # its entries are never changed again
+    state.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
+    for each in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(each, ExportableState):
+            state.stateful_callbacks[each.__class__.__name__] = each.state()
+    return state
+
+
+def write_files(
+    folder: Path, state: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Path
+) -> None:
+    """Write what `collect` returned, or a copy of it.
+
+    Args:
+        model: its class and config; the weights are the state's.
+        tokenizer: not one that another thread uses.
+        recipe: the run's recipe.yaml.
+    """
+    for name, value in state["files"].items():
+        torch.save(value, folder / name)
+    if "model" in state:
+        model.save_pretrained(folder, state_dict=dict(state["model"]))
+        tokenizer.save_pretrained(folder)
+        state["trainer_state"].save_to_json(str(folder / "trainer_state.json"))
+        write_texts(folder, recipe)
+
+
+def write_texts(folder: Path, recipe: Path) -> None:
+    """recipe.yaml and environment.txt."""
+    (folder / "environment.txt").write_text(describe_environment(), encoding="utf-8")
+    if recipe.is_file():
+        shutil.copyfile(recipe, folder / recipe.name)
+
+
+@functools.cache
+def describe_environment() -> str:
+    """environment.txt: Python, platform, and the versions of all installed packages."""
+    packages = sorted({f"{d.name}=={d.version}" for d in distributions() if d.name}, key=str.lower)
+    return "\n".join([f"# Python {platform.python_version()}, {platform.platform()}", *packages]) + "\n"
+
+
+def own_files(folder: Path, rank: int, publisher: int) -> list[str]:
+    """The files in a folder that a rank has written: those with its number and, for the publisher, the rest."""
+    names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    owners = {name: next(filter(None, match.groups())) for name in names if (match := _RANK_FILE.search(name))}
+    return sorted(name for name in names if int(owners.get(name, publisher)) == rank)

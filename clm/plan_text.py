@@ -1,0 +1,122 @@
+"""A plan in words and numbers, products written out: what `--dry-run` prints and a run begins with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from data_prep.sizes import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from clm.plan import Plan
+    from clm.timeline import Stage
+
+BYTES_PER_PARAMETER = 4  # of final/, fp32
+
+
+def learning_rates(plan: Plan, steps: list[int]) -> list[float]:
+    """The learning rate of the optimizer step after k finished ones, for each k of `steps`."""
+    factor = plan.learning_rate_factor()
+    return [plan.training["learning_rate"] * factor(k) for k in steps]
+
+
+def describe_plan(plan: Plan) -> str:
+    """The whole run in lines of `name  text`."""
+    data, timeline = plan.recipe.data, plan.timeline
+    weights = "random weights" if plan.recipe.model.init == "random" else f"weights of {plan.recipe.model.init}"
+    lines = [
+        f"run          {plan.recipe.name} -> {plan.run_folder}",
+        f"model        {weights}"
+        if plan.config is None
+        else f"model        {plan.config.model_type}, {plan.num_parameters:,} parameters "
+        f"({plan.num_parameters / 1e6:.2f} x 10^6, {plan.num_parameters / 2**20:.2f} x 2^20), {weights}",
+        f"precision    {plan.precision}: {plan.precision_reason}",
+        f"attention    {plan.attention}: {plan.attention_reason}",
+    ]
+    if not data.stages:
+        stage = timeline.stages[0]
+        asked = f"ceil({data.tokens:,} tokens / {stage.tokens_per_step:,}) = " if data.tokens is not None else ""
+        lines.append(f"batch        {_batch(plan, stage)}")
+        lines.append(f"length       {asked}{timeline.num_steps:,} steps = {timeline.num_tokens:,} tokens")
+    else:
+        for stage in timeline.stages:
+            lines.append(
+                f"stage        {stage.name}: steps {stage.first_step + 1:,} to {stage.last_step:,}, "
+                f"{stage.num_tokens:,} tokens of {_mixture(plan, stage)}"
+            )
+            lines.append(f"             {_batch(plan, stage)}{_changes(stage)}")
+        lines.append(f"length       {timeline.num_steps:,} steps = {timeline.num_tokens:,} tokens")
+    lines.append(_schedule(plan))
+    lines += _datasets(plan)
+    for rows in plan.validation:
+        lines.append(f"validation   {rows.name}: {rows.num_rows * data.block_size:,} tokens")
+    if not plan.validation:
+        lines.append("validation   none" + (" yet" if plan.unchecked else ""))
+    if plan.num_parameters:
+        lines.append(_disk(plan))
+    lines += [f"not checked  {sentence}" for sentence in plan.unchecked]
+    return "\n".join(lines)
+
+
+def _batch(plan: Plan, stage: Stage) -> str:
+    rows = plan.samples_per_micro_batch * plan.prepared_block_size // stage.block_size
+    return (
+        f"{rows} rows x {stage.block_size} tokens x {plan.num_processes} processes x {plan.accumulation(stage)} "
+        f"accumulation = {stage.tokens_per_step:,} tokens per step"
+    )
+
+
+def _mixture(plan: Plan, stage: Stage) -> str:
+    named = zip(plan.recipe.data.datasets, stage.shares, strict=True)
+    return ", ".join(f"{name} {100 * float(share):.4g} %" for name, share in named if share)
+
+
+def _changes(stage: Stage) -> str:
+    text = f", RoPE {', '.join(f'{k} {v}' for k, v in stage.rope)}" if stage.rope else ""
+    if stage.schedule is None:
+        return text
+    end = "" if stage.schedule.end is None else f" to {stage.schedule.end:g} x the peak"
+    return f"{text}, schedule {stage.schedule.shape}{end}"
+
+
+def _schedule(plan: Plan) -> str:
+    last = plan.num_steps - 1
+    marks = sorted({0, plan.num_steps // 10, plan.num_steps // 2, last, *(s.first_step for s in plan.timeline.stages)})
+    rates = "   ".join(f"step {k:,}: {rate:.3g}" for k, rate in zip(marks, learning_rates(plan, marks), strict=True))
+    kind = plan.training.get("lr_scheduler_type", "linear")
+    if all(stage.schedule for stage in plan.timeline.stages):
+        kind = "by stage"
+    span = plan.recipe.run.schedule_tokens
+    return f"schedule     {kind}{f' over {span:,} tokens' if span else ''}   {rates}"
+
+
+def _datasets(plan: Plan) -> list[str]:
+    """Per dataset: its share of the run, how often it is passed over, and how much is left until pass 2, 3, 4."""
+    data, lines = plan.recipe.data, []
+    passes = plan.order.passes(plan.timeline.num_samples)
+    used = plan.order.counts_before(plan.timeline.num_samples)
+    for name, split, done, count in zip(data.datasets, plan.splits, passes, used, strict=True):
+        share = 100 * count / plan.timeline.num_samples
+        size = f"{split.num_tokens:,} tokens, {done:.3f} passes" if split.num_tokens else "size not known yet"
+        left = [
+            f"pass {number} {format_count((number - 1) * split.num_tokens - count * split.block_size)}"
+            for number in (2, 3, 4)
+            if (number - 1) * split.num_tokens > count * split.block_size
+        ]
+        until = f"; left until {', '.join(left)} tokens" if left else ""
+        lines.append(f"data         {name}: {share:.4g} % of the run, blocks of {split.block_size}, {size}{until}")
+    return lines
+
+
+def _disk(plan: Plan) -> str:
+    keep = plan.recipe.run.retention
+    parts = [f"up to {keep.last} + 1 checkpoints"]
+    if keep.best:
+        parts.append(f"the {keep.best} best")
+    if keep.every_tokens:
+        parts.append(f"one every {format_count(keep.every_tokens)} tokens")
+    if keep.weights != "none":
+        parts.append(f"the weights of {'all' if keep.weights == 'all' else keep.weights} others")
+    return (
+        f"disk         {', '.join(parts)}, about {format_bytes(plan.checkpoint_bytes)} each, and final/ of "
+        f"{format_bytes(plan.num_parameters * BYTES_PER_PARAMETER)} under {plan.run_folder}"
+    )

@@ -1,0 +1,82 @@
+"""A copy of a training's state in host memory, so that a checkpoint can be written while training goes on.
+
+In: nests of dicts, lists and tuples with tensors. Out: the same nests, whose tensors are copies on the CPU; tensors
+that share their memory (tied weights) still do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Buffers = dict[tuple, torch.Tensor]
+
+
+def copy_to_host(value: Any, buffers: Buffers) -> Any:
+    """A copy of `value`.
+
+    Args:
+        value: numbers, texts and None are taken as they are, tensors are copied.
+        buffers: {} at first; keeps the copies, and the next call copies into them: fresh memory costs several times
+            the copying itself. What an earlier call returned changes with it.
+    """
+    return _copy(value, (), buffers, {})
+
+
+def _copy(value: Any, key: tuple, buffers: Buffers, copies: dict[tuple, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            return value.detach().to("cpu", copy=True)  # a quantized optimizer's own kind knows how to copy itself
+        same = _identity(value)
+        if same not in copies:
+            buffer = buffers.get(key)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = buffers[key] = torch.empty_like(value, device="cpu", requires_grad=False)
+            copies[same] = buffer.copy_(value.detach())
+        return copies[same]
+    if isinstance(value, dict):
+        return {name: _copy(child, (*key, name), buffers, copies) for name, child in value.items()}
+    if isinstance(value, list | tuple) and any(isinstance(child, torch.Tensor | dict | list) for child in value):
+        return type(value)(_copy(child, (*key, i), buffers, copies) for i, child in enumerate(value))
+    return value
+
+
+def num_bytes_to_copy(value: Any) -> int:
+    """The memory that a copy takes."""
+    return sum({_identity(tensor): tensor.nbytes for tensor in iter_tensors(value)}.values())
+
+
+def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a nest."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from iter_tensors(child)
+
+
+def _identity(tensor: torch.Tensor) -> tuple:
+    """Equal for tensors that are the same memory seen in the same way."""
+    if tensor.numel() == 0 or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that this process could still take: the machine's, or its container's limit; None if unknown."""
+    try:
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+        room = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            room = min(room, int(limit) - int(used) + int(stat["inactive_file"]))  # cached files make way
+    except (OSError, KeyError, ValueError):
+        pass  # no container, or cgroup v1
+    return room

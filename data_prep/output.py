@@ -1,0 +1,94 @@
+"""The last part of a preparation: one dataset, of a bucket or of everything, out of the token runs.
+
+In: what of each unit is kept, and the ledger. Out: shards, document map, file list and tokenizer in the dataset's
+folder; and its manifest, which is not written here: all datasets of a preparation are complete together.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.align import Taken, write_document_map, write_split
+from data_prep.documents import files_path
+from data_prep.encoder import encoder_name
+from data_prep.ledger import LedgerError, find_imbalances
+from data_prep.manifest import SPLITS, Manifest, SplitInfo, TokenizerInfo, content_fingerprint, token_dtype
+from data_prep.plan import Plan, describe_files
+from data_prep.sources import SourceFile
+
+
+def write_dataset(
+    plan: Plan,
+    number: int,
+    files: list[tuple[int, SourceFile]],
+    taken: list[Taken],
+    ledger: dict[str, dict[str, Any]],
+    tokenizer: TokenizerInfo,
+    validation: dict[str, Any],
+) -> Manifest:
+    """Write everything of a dataset but its manifest; what an earlier attempt wrote stays.
+
+    Args:
+        number: The bucket's number, 0 where there are none.
+    Returns:
+        The manifest to write when all datasets are whole.
+    Raises:
+        LedgerError: the counts do not add up.
+    """
+    bucket, folder = list(plan.outputs.items())[number]
+    dtype = token_dtype(tokenizer.vocab_size)
+    _copy_tokenizer(plan, folder)
+    (folder / "documents").mkdir(exist_ok=True)
+    write_whole(files_path(folder), describe_files(files, plan.sources))
+    splits = {}
+    for split in SPLITS:
+        shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype)
+        counts = [entry[split] for entry in ledger.values()]
+        num_tokens, num_blocks = sum(each["num_tokens"] for each in counts), sum(shard.num_blocks for shard in shards)
+        splits[split] = SplitInfo(
+            num_documents=sum(each["num_documents"] for each in counts),
+            num_bytes=sum(each["num_bytes"] for each in counts),
+            num_tokens=num_tokens,
+            num_blocks=num_blocks,
+            remainder_tokens=num_tokens - num_blocks * plan.block_size,
+            documents_sha256=write_document_map(folder, plan.work, number, split, taken, plan.keep_columns),
+            shards=shards,
+        )
+    problems = find_imbalances(ledger, splits, plan.block_size)
+    if problems:
+        raise LedgerError(f"{folder}: the ledger does not balance, so no manifest is written:\n" + "\n".join(problems))
+    return Manifest(
+        dataset=f"{plan.dataset}/{bucket}" if bucket else plan.dataset,
+        licence=", ".join(dict.fromkeys(source.entry.licence for source in plan.sources)),
+        fingerprint=content_fingerprint(tokenizer.sha256, plan.block_size, str(dtype), splits),
+        block_size=plan.block_size,
+        dtype=str(dtype),
+        encoder=encoder_name(),
+        tokenizer=tokenizer,
+        validation=validation,
+        splits=splits,
+        ledger=ledger,
+        settings=plan.settings(),
+    )
+
+
+def _copy_tokenizer(plan: Plan, folder: Path) -> None:
+    """The tokenizer into the folder of a bucket, whole or not at all; without buckets it is there."""
+    if (folder / "tokenizer").exists():
+        return
+    temporary = plan.work / "tokenizer"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(plan.tokenizer_folder, temporary)
+    folder.mkdir(exist_ok=True)
+    os.replace(temporary, folder / "tokenizer")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is either absent or whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,87 @@
+"""A run with stages and a mixture is one run: the same batches, curve and weights however it is cut up."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clm.replay import open_replay
+from clm.run_folder import list_checkpoints
+
+from .conftest import losses, quiet_config, read_metrics
+
+STAGES = """data.stages=[
+  {name: short, tokens: 2560, block_size: 16, tokens_per_step: 256},
+  {name: long, tokens: 5120, mixture: [{dataset: DATA, weight: 0.3}, {dataset: OTHER, weight: 0.7}]},
+  {name: cool, tokens: 1024, rope: {rope_theta: 50000}, schedule: {shape: 1-sqrt, end: 0.0}}]"""
+
+
+@pytest.fixture
+def staged(prepared, second_dataset) -> list[str]:
+    """10 steps of 4 samples, 10 of 8, 2 of 8."""
+    stages = STAGES.replace("DATA", str(prepared.folder)).replace("OTHER", str(second_dataset)).replace("\n", "")
+    return [stages, "data.tokens=null", "run.record_blocks=true", "training.per_device_train_batch_size=4"]
+
+
+def recorded(run: Path, num_processes: int = 1) -> dict[int, list[int]]:
+    """Step -> the samples of its global batch as the ranks consumed them, put together micro-batch by micro-batch."""
+    per_rank = [
+        {r["step"]: r["samples"] for r in map(json.loads, (run / f"blocks-{rank}.jsonl").read_text().splitlines())}
+        for rank in range(num_processes)
+    ]
+    return {step: sorted(s for rank in per_rank for s in rank[step]) for step in per_rank[0]}
+
+
+def test_stages_change_batch_rows_rope_and_rate_at_their_borders_only(train, staged, prepared, second_dataset):
+    run = train(*staged, name="staged")
+    replay = open_replay(run)
+    assert [s.num_steps for s in replay.timeline.stages] == [10, 10, 2]
+    assert recorded(run) == {k: replay.timeline.samples_of_step(k).tolist() for k in range(1, 23)}
+    records = read_metrics(run)
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 23))
+    tokens = {r["step"]: r["tokens"] for r in records if "loss" in r}
+    assert (tokens[10], tokens[11], tokens[22]) == (2560, 3072, 8704)
+    rates = {r["step"]: r["learning_rate"] for r in records if "loss" in r}
+    assert rates[20] > rates[21] > rates[22] > 0
+    stages = [r for r in records if "stage" in r]
+    assert [(r["stage"], r["step"]) for r in stages] == [("short", 10), ("long", 20), ("cool", 22)]
+    first, other = str(prepared.folder), str(second_dataset)
+    assert stages[0]["shares"] == {first: 1.0} and stages[2]["shares"] == {first: 1.0}
+    _, dataset, _ = (np.concatenate(x) for x in zip(*(replay.blocks_of_step(k) for k in range(11, 21)), strict=True))
+    assert stages[1]["shares"] == {first: np.mean(dataset == 0), other: np.mean(dataset == 1)}
+    assert json.loads((run / "final" / "config.json").read_text())["rope_parameters"]["rope_theta"] == 50000
+    assert 10 in [step for step, _ in list_checkpoints(run)] or len(list_checkpoints(run)) == 2
+    evaluations = [r["step"] for r in records if "eval_loss" in r]
+    assert evaluations == [0, 10, 20, 22], "each stage ends with an evaluation"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_staged_run_cut_at_any_step_ends_the_same(train, staged, seed):
+    straight = train(*staged, "training.save_steps=1", "run.retention={last: 99}", name="straight")
+    cut = random.Random(seed).sample(range(1, 22), 2)
+    run = straight.with_name("straight")
+    whole = (losses(run), recorded(run), (run / "final" / "model.safetensors").read_bytes())
+    for step in sorted(cut, reverse=True):  # as if everything after that checkpoint had never been written
+        (run / "final").rename(run / f"gone-{step}")
+        for number, path in list_checkpoints(run):
+            if number > step:
+                path.rename(run / f"gone-{step}-{number}")
+        train(*staged, "training.save_steps=1", "run.retention={last: 99}", name="straight")
+        assert (losses(run), recorded(run), (run / "final" / "model.safetensors").read_bytes()) == whole
+
+
+def test_another_layout_trains_on_the_same_batches(train, staged, recipe):
+    quiet = quiet_config(recipe)
+    one = train(*staged, quiet, name="one")
+    for number, overrides in enumerate(
+        (
+            ["training.per_device_train_batch_size=2"],
+            ["training.per_device_train_batch_size=8", "training.dataloader_num_workers=2"],
+        )
+    ):
+        other = train(*staged[:3], quiet, *overrides, name=f"other{number}")
+        assert recorded(other) == recorded(one)
+        for step, loss in losses(one).items():
+            assert losses(other)[step] == pytest.approx(loss, abs=1e-5)

@@ -1,0 +1,112 @@
+"""Two processes of one training, of which one is killed: the other ends by itself, and the resume is exact."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .lab import ROOT, Fault, Lab, assert_same_run, checkpoint_steps, leftovers, resumed_from, last_step
+from .test_random_kills import SEED
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+NUM_STEPS, SAVE_STEPS = 16, 2
+SHAPE = (f"data.tokens={NUM_STEPS * 512}", f"training.save_steps={SAVE_STEPS}", "training.ddp_timeout=60")
+END_WITHIN_S = 60
+
+
+def train_on_two(lab: Lab, name: str) -> Path:
+    ranks = lab.start_ranks(name, 2, *SHAPE)
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0, 0], "\n".join(rank.output for rank in ranks)
+    return lab.runs / name
+
+
+def assert_resumes_exactly(lab: Lab, name: str, straight: Path) -> None:
+    steps = checkpoint_steps(lab.runs / name)
+    assert last_step(lab.runs / name) - (steps or [0])[-1] <= 2 * SAVE_STEPS
+    ranks = lab.start_ranks(name, 2, *SHAPE)
+    codes = [rank.wait() for rank in ranks]
+    assert codes == [0, 0], "\n".join(rank.output for rank in ranks)
+    assert resumed_from(ranks[0]) == (steps[-1] if steps else None)
+    assert_same_run(lab.runs / name, straight)
+    assert leftovers(lab.runs / name) == []
+
+
+def test_one_of_two_is_killed_and_the_other_ends_by_itself(lab):
+    print(f"KILL_SEED={SEED}")
+    rng = random.Random(SEED)
+    straight = train_on_two(lab, "straight")
+    for victim in (0, 1, rng.choice((0, 1))):
+        name = f"killed-{victim}-{rng.randrange(10**6)}"
+        ranks = lab.start_ranks(name, 2, *SHAPE)
+        wanted = rng.randint(1, NUM_STEPS - 2)
+        while last_step(lab.runs / name) < wanted and ranks[victim].poll() is None:
+            time.sleep(0.002)
+        ranks[victim].kill()
+        assert ranks[victim].wait() == -signal.SIGKILL, ranks[victim].output
+        assert ranks[1 - victim].wait(END_WITHIN_S) not in (0, None)
+        assert_resumes_exactly(lab, name, straight)
+
+
+@pytest.mark.usefixtures("faults")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_is_killed_while_it_writes_its_part_of_a_checkpoint(lab, victim):
+    print(f"KILL_SEED={SEED}")
+    rng = random.Random(SEED + victim)
+    straight = train_on_two(lab, "straight")
+    ranks = lab.start_ranks("killed", 2, *SHAPE, fault=Fault("kill", rng.randint(1, 3), "checkpoint-6", rank=str(victim)))
+    assert ranks[victim].wait() == -signal.SIGKILL, ranks[victim].output
+    assert ranks[1 - victim].wait(END_WITHIN_S) not in (0, None)
+    assert checkpoint_steps(lab.runs / "killed")[-1] == 4
+    assert_resumes_exactly(lab, "killed", straight)
+
+
+def test_under_torchrun_a_killed_process_ends_the_launch_and_leaves_no_process(lab):
+    print(f"KILL_SEED={SEED}")
+    rng = random.Random(SEED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "run_clm.py"), str(lab.recipe), *SHAPE]
+    env = {**os.environ, "RUNS_DIR": str(lab.runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def launch(name: str) -> subprocess.Popen:
+        log = open(lab.folder / f"{name}.txt", "a")  # noqa: SIM115, the child's
+        return subprocess.Popen(
+            [*command, f"training.run_name={name}"], env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+        )
+
+    straight = train_on_two(lab, "straight")  # not by torchrun: the launcher makes no difference
+    for victim in (0, 1):
+        name = f"killed-{victim}-{rng.randrange(10**6)}"
+        launched = launch(name)
+        wanted = rng.randint(1, NUM_STEPS - 2)
+        while last_step(lab.runs / name) < wanted and launched.poll() is None:
+            time.sleep(0.002)
+        (target,) = [pid for pid, rank in ranks_of(name).items() if rank == victim]
+        os.kill(target, signal.SIGKILL)
+        assert launched.wait(END_WITHIN_S) not in (0, None)
+        assert ranks_of(name) == {}, "no process of it is left"
+        steps = checkpoint_steps(lab.runs / name)
+        again = launch(name)
+        assert again.wait(200) == 0, (lab.folder / f"{name}.txt").read_text()
+        assert not steps or f"checkpoint-{steps[-1]}" in (lab.folder / f"{name}.txt").read_text()
+        assert_same_run(lab.runs / name, straight)
+
+
+def ranks_of(name: str) -> dict[int, int]:
+    """The living processes that train run `name`: process number -> rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if f"training.run_name={name}".encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                values = (folder / "environ").read_bytes().split(b"\0")
+                found |= {int(folder.name): int(v.partition(b"=")[2]) for v in values if v.startswith(b"RANK=")}
+    return found

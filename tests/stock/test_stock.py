@@ -1,0 +1,38 @@
+"""The same cases on the plain transformers Trainer and on ours.
+
+Those that it fails are strict expected failures: when a version of transformers mends one, the test says so, and the row
+leaves the table of docs/resume.md.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .cases import CASES, Case
+from .programs import Ours, Stock
+
+ROOT = Path(__file__).parents[2]
+
+
+def expect(case: Case) -> pytest.param:
+    marks = [pytest.mark.xfail(strict=True, reason=case.stock, raises=(AssertionError, TimeoutError))]
+    return pytest.param(case, id=case.name, marks=marks if case.stock else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [expect(case) for case in CASES])
+def test_the_plain_trainer(case, fork_server, tmp_path, prepared, request):
+    if case.needs_faults:
+        request.getfixturevalue("faults")
+    case.run(Stock(fork_server, tmp_path, prepared.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_ours(case, fork_server, tmp_path, prepared, request):
+    if case.needs_faults:
+        request.getfixturevalue("faults")
+    case.run(Ours(fork_server, tmp_path, prepared.folder))
