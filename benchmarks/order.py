@@ -1,6 +1,6 @@
 """What does it cost to ask which block a sample is? Ten million samples, by size of the corpus and of the mixture.
 
-    python benchmarks/order.py             prints JSON lines and a table
+python benchmarks/order.py             prints JSON lines and a table
 """
 
 from __future__ import annotations

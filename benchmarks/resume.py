@@ -48,7 +48,7 @@ def main() -> None:
     near, away = (statistics.median(seconds[name]) for name in ("near", "far"))
     print(f"\n| resume at sample | seconds from train() to the first forward, median of {repeat} |\n|---|---|")
     print(f"| {POSITION // far:,} | {near:.3f} |\n| {POSITION:,} | {away:.3f} |")
-    print(f"\ndifference {away - near:+.3f} s; checking the checkpoint's files before it: {statistics.median(checks):.3f} s")
+    print(f"\ndifference {away - near:+.3f} s; checking the files before it: {statistics.median(checks):.3f} s")
 
 
 def _resume(runs: Path, name: str, until: int | None) -> dict:

@@ -34,13 +34,14 @@ def choose_publisher(run: Path, ranks: list[int], should_save: bool) -> int:
     Args:
         should_save: TrainingArguments.should_save of this process.
     Raises:
-        UserError: none of them may.
+        UserError: on some disk none may; all processes raise it.
     """
-    saving = gather_object([should_save])
-    able = [rank for rank in ranks if saving[rank]]
-    if not able:
+    answers = gather_object([(ranks, should_save)])
+    able = {rank for rank, (_, may_save) in enumerate(answers) if may_save}
+    without = next((others for others, _ in answers if not able & set(others)), None)
+    if without is not None:
         raise UserError(
-            f"{run}: is another folder for process {ranks[0]} than for process 0, which alone writes checkpoints, so "
+            f"{run}: is another folder for process {without[0]} than for process 0, which alone writes checkpoints, so "
             "this run could not be resumed. Set RUNS_DIR to a shared file system, or training.save_on_each_node: true."
         )
-    return able[0]
+    return min(able & set(ranks))

@@ -63,8 +63,8 @@ def extend_run(name: str, num_tokens: int, from_step: int | None) -> str:
         trained = before.timeline.tokens_before(min(step, before.num_steps))
         if num_tokens <= trained:
             raise UserError(
-                f"{run}: --tokens is {num_tokens:,} but checkpoint-{step} has trained on {trained:,} already. It is the "
-                "length of the whole run; give a larger one."
+                f"{run}: --tokens is {num_tokens:,} but checkpoint-{step} has trained on {trained:,} already. It is "
+                "the length of the whole run; give a larger one."
             )
         proposal = run / "recipe.extended.yaml"
         _write_recipe(document, proposal)

@@ -60,9 +60,7 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
                 )
             continue
         if split.num_blocks == 0:
-            problems.add(
-                key, f"is {name}, which has no whole block to train on. Add text or use a smaller block_size."
-            )
+            problems.add(key, f"is {name}, which has no whole block to train on. Add text or use a smaller block_size.")
             continue
         try:
             split.check_files()

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 MARKER_WAIT_S = 900  # all ranks begin to write at one step, so their parts differ by no more than a slow disk
 MEMORY_SHARE = 0.8  # of what is available: the rest of the machine goes on
 RETRY_S = 60  # with run.full_disk: pause
+GRACE_S = 10  # when the training fails, for the parts of other ranks: those that live have begun to write theirs
 
 
 class Saver:
@@ -74,6 +75,7 @@ class Saver:
         self._folder: Path | None = None  # of the newest save
         self._failure: tuple[int, Exception] | None = None  # step and error of the newest save, if it failed
         self._has_said_why = False
+        self._ends_at: float | None = None  # set when the training fails: nothing is waited for any longer than that
         user_mask()  # asked now, before there is a second thread
 
     # --- called by the training -------------------------------------------------------------------------------------
@@ -110,12 +112,18 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing of an earlier save is being written, by this rank or by the publisher of its disk."""
+        """Until nothing of an earlier save is being written by this rank: for a publisher, until it is published.
+
+        A rank waits for another's publisher at the next collective of the training, where one that has died shows.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        while self.rank != self.publisher and self._folder is not None and self._folder.exists():
-            time.sleep(0.02)
+
+    def abandon(self) -> None:
+        """The training has failed, perhaps because another rank died: complete what still can be completed."""
+        self._ends_at = time.monotonic() + GRACE_S
+        self.wait()
 
     def finish(self) -> None:
         """Wait for the checkpoint in the making.
@@ -190,6 +198,8 @@ class Saver:
     def _await_marker(self, marker: Path, rank: int) -> Files:
         deadline = time.monotonic() + MARKER_WAIT_S
         while not marker.exists():
+            if self._ends_at is not None and time.monotonic() > self._ends_at:
+                raise TimeoutError(f"process {rank} has ended without writing its part")
             if time.monotonic() > deadline and self.settings.full_disk != "pause":
                 raise TimeoutError(f"process {rank} has not written its part within {MARKER_WAIT_S} s")
             time.sleep(0.02)
@@ -258,7 +268,7 @@ class Saver:
             try:
                 return write()
             except Exception as error:
-                if self.settings.full_disk != "pause" or not self._is_disk_full(error):
+                if self.settings.full_disk != "pause" or not self._is_disk_full(error) or self._ends_at is not None:
                     raise
             for name in own_files(folder, self.rank, self.publisher):
                 (folder / name).unlink(missing_ok=True)

@@ -103,7 +103,7 @@ def describe_history(run: Path) -> str | None:
     if skipped:
         parts.append(f"{_count(len(skipped), 'update')} skipped")
     if rollbacks:
-        num_tokens = sum(event["num_tokens"] for event in rollbacks)
+        num_tokens = sum(event.get("num_tokens", 0) for event in rollbacks)
         parts.append(f"{_count(len(rollbacks), 'rollback')} that left out {num_tokens:,} tokens")
     return ", ".join(parts) + "."
 

@@ -273,7 +273,7 @@ class SpikeWatch(TrainerCallback):
             before = [event for event in read_events(self.plan.run_folder) if event["event"] == "rollback"]
             if len(before) >= self.settings.max_rollbacks:
                 answer = [f"run.spikes.max_rollbacks is {self.settings.max_rollbacks}"]
-            elif any(event["step"] >= step and event["is_over"] for event in before):
+            elif any(event["step"] >= step and event.get("is_over", True) for event in before):
                 answer = [f"the run went back from step {max(e['step'] for e in before):,} before. It is not the data"]
         if self.trainer.args.world_size > 1:
             from accelerate.utils import broadcast_object_list

@@ -288,7 +288,7 @@ class ClmTrainer(Trainer):
         try:
             result = super().train(*args, **kwargs)
         except BaseException:
-            self.saver.wait()
+            self.saver.abandon()
             raise
         self.saver.finish()
         return result

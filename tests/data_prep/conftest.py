@@ -1,9 +1,12 @@
 """For the tests of data_prep: a small tokenizer, and a way to run its commands in this process or in one of its own."""
 
 import json
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
@@ -14,6 +17,7 @@ from data_prep.tokenizer_folder import load_backend
 from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 
 WORDS = "the river carries letters and a map of the old town; naïve plans, 東京, 1,024 steps\n\tagain and again 🙂 "
+SCORES = (None, 0, 1.5, 2.999, 3, 3.5, 5, 5.001, 9)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,25 @@ def write_jsonl(path: Path, texts: Iterable[str], **columns: list) -> Path:
     """A JSON lines file of documents."""
     rows = [{"text": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_scored_rows(num: int = 400) -> list[dict]:
+    """Records with every kind of score; a fifth of the texts stand there again, with another score."""
+    rng = random.Random(11)
+    words = ["the", "river", "carries", "letters", "and", "a", "map", "東京", "naïve"]
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 20))) for _ in range(num)]
+    texts[num // 5 * 4 :] = texts[: num - num // 5 * 4]
+    texts[7] = ""
+    return [{"text": text, "url": f"u{i}", "score": rng.choice(SCORES)} for i, text in enumerate(texts)]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """A JSON lines or Parquet file of records, as its name says."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=50)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

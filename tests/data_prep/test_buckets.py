@@ -1,48 +1,22 @@
 """One pass over a corpus writes a dataset for each bucket of a score, as a plain loop over its records splits it."""
 
 import itertools
-import json
 import os
-import random
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import content_of, read_documents, run_here
+from conftest import content_of, make_scored_rows, read_documents, run_here, write_rows
 
 from data_prep.__main__ import main
-from data_prep.buckets import condition_columns, parse_buckets, split_conditions
-from data_prep.catalog import read_entry
 from data_prep.documents import DocumentMap
 from data_prep.encode import text_hash
-from data_prep.errors import UserError
 from data_prep.ledger import find_imbalances
 from data_prep.manifest import load_manifest
 from data_prep.paths import dataset_folder
 
 LOW_HIGH = ("--buckets", "low=score < 3", "high=score >= 3 and score <= 5")  # above 5: in no bucket
-SCORES = (None, 0, 1.5, 2.999, 3, 3.5, 5, 5.001, 9)
 RENAMES_OF_ONE_UNIT = 6  # four runs, the table, the counts
-
-
-def make_rows(num: int = 400) -> list[dict]:
-    """Records with every kind of score; a fifth of the texts stand there again, with another score."""
-    rng = random.Random(11)
-    words = ["the", "river", "carries", "letters", "and", "a", "map", "東京", "naïve"]
-    texts = [" ".join(rng.choices(words, k=rng.randint(1, 20))) for _ in range(num)]
-    texts[num // 5 * 4 :] = texts[: num - num // 5 * 4]
-    texts[7] = ""
-    return [{"text": text, "url": f"u{i}", "score": rng.choice(SCORES)} for i, text in enumerate(texts)]
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=50)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def bucket_of(score: float | None) -> str:
@@ -64,7 +38,7 @@ def folder_of_files(tmp_path) -> Path:
     """Two files of records, so two units."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    rows = make_rows(120)
+    rows = make_scored_rows(120)
     write_rows(folder / "0.jsonl", rows[:60])
     write_rows(folder / "1.jsonl", rows[60:])
     return folder
@@ -72,7 +46,7 @@ def folder_of_files(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
 def test_buckets_are_what_a_loop_over_the_records_gives(tmp_path, small_tokenizer, name):
-    rows = make_rows()
+    rows = make_scored_rows()
     if name == "x.jsonl":  # what a line of JSON can hold beside a number
         del rows[20]["score"]
         rows[21]["score"], rows[22]["score"], rows[23]["score"] = float("nan"), "4", True
@@ -113,7 +87,7 @@ def test_buckets_are_what_a_loop_over_the_records_gives(tmp_path, small_tokenize
 
 def test_no_text_lies_on_both_sides_of_validation_whatever_its_bucket(tmp_path, small_tokenizer):
     out = tmp_path / "out"
-    rows = make_rows()
+    rows = make_scored_rows()
     run_here(*arguments(write_rows(tmp_path / "x.jsonl", rows), small_tokenizer, out))
     texts = {
         split: [set(read_documents(out / bucket, split)) for bucket in ("low", "high")]
@@ -124,7 +98,7 @@ def test_no_text_lies_on_both_sides_of_validation_whatever_its_bucket(tmp_path, 
 
 
 def test_a_tokenizer_is_trained_once_on_all_the_text(tmp_path, capsys):
-    source = write_rows(tmp_path / "x.jsonl", make_rows())
+    source = write_rows(tmp_path / "x.jsonl", make_scored_rows())
     run_here(*arguments(source, "train:280", tmp_path / "out"))
     assert capsys.readouterr().err.count("training a tokenizer") == 1
     plain = [each for each in arguments(source, "train:280", tmp_path / "plain") if each not in LOW_HIGH]
@@ -136,7 +110,7 @@ def test_a_tokenizer_is_trained_once_on_all_the_text(tmp_path, capsys):
 
 def test_one_and_three_workers_give_the_same_bytes(tmp_path, folder_of_files, small_tokenizer):
     for number in range(2, 6):
-        write_rows(folder_of_files / f"{number}.jsonl", make_rows(50 + number))
+        write_rows(folder_of_files / f"{number}.jsonl", make_scored_rows(50 + number))
     for num_proc in (1, 3):
         out = tmp_path / str(num_proc) / "out"
         run_here(*arguments(folder_of_files, small_tokenizer, out, "--num-proc", num_proc))
@@ -200,7 +174,7 @@ def test_a_second_run_does_nothing_and_another_split_is_refused(
 
 
 def test_caps_count_the_documents_of_all_buckets_together(tmp_path, small_tokenizer):
-    rows = make_rows()
+    rows = make_scored_rows()
     source = write_rows(tmp_path / "x.jsonl", rows)
     run_here(*arguments(source, small_tokenizer, tmp_path / "out", "--max-docs", 60))
     counts = [load_manifest(tmp_path / "out" / bucket).ledger["x"]["documents"] for bucket in ("low", "high")]
@@ -210,104 +184,13 @@ def test_caps_count_the_documents_of_all_buckets_together(tmp_path, small_tokeni
     assert [each["beyond_cap"] for each in counts] == [len(rows) - kept[59] - 1] * 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["score < 3"], "--buckets low: is 'score < 3"),
-        (["low=score <"], "--buckets low: is 'score <' but must compare a column with a number or a text in quotes"),
-        (["low=score < three"], "must compare a column"),
-        (["low=3 > score"], "must compare a column"),
-        (["low=score < 3 or score > 5"], "must compare a column"),
-        (["low=score < 3 and"], "must compare a column"),
-        (["low=score =< 3"], "must compare a column"),
-        (["low=__import__('os').system('x')"], "must compare a column"),
-        (["low=score < 3and score > 1"], "must compare a column"),
-        (["a/b=score < 3"], "--buckets a/b: is no name for a bucket"),
-        (["train=score < 3"], "--buckets train: is no name for a bucket"),
-        (["low"], "--buckets is 'low' but has no name"),
-        (["low=score < 3", "low=score > 5"], "names a bucket for the second time"),
-        (["low=score < 'three'"], "the column score is read as float64. Compare it with a number"),
-        (["low=url < 3"], "the column url is read as string. Compare it with a text in quotes"),
-        (
-            ["low=score <= 3", "high=score >= 3"],
-            "high: is 'score >= 3' but low is 'score <= 3': a document with score 3",
-        ),
-        (["low=score < 3", "some=language == 'en'"], 'a document with score 2 and language "en" would be in both'),
-    ],
-)
-def test_a_condition_that_cannot_be_obeyed_is_named_before_anything_is_read(
-    tmp_path, fails, words, message, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "x.jsonl", make_rows(20))
-    words = ["low=score < 3 x"] if words == ["score < 3"] else words
-    shown = fails("prep", "x.jsonl", "--tokenizer", "train:300", "--out", "data/x", "--buckets", *words)
-    assert message in shown and not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "kept", "is_common"),
-    [
-        ("a < 3", "a >= 3", {}, False),
-        ("a < 3", "a > 2.9", {}, True),
-        ("a < 4", "a > 3", {}, True),
-        ("a < 4", "a > 3", {"a": "int64"}, False),  # between 3 and 4 lies no whole number
-        ("a < 4.5", "a > 3.5", {"a": "int64"}, True),
-        ("a == 3", "a != 3", {}, False),
-        ("a != 3", "a != 4", {}, True),
-        ("a > 1e300", "a > 2e300", {}, True),
-        ("a > 1 and b == 'x'", "a > 1 and b == 'y'", {}, False),
-        ("a > 1 and b == 'x'", "a > 2", {}, True),
-        ("a < 'k'", "a >= 'k'", {}, False),
-        ("a > 'k'", "a > 'l'", {}, True),
-        ("a < 3 and a > 5", "a < 10", {}, False),  # the first is empty
-    ],
-)
-def test_buckets_that_a_document_could_be_in_together_are_refused(first, second, kept, is_common):
-    buckets = parse_buckets({"one": first, "two": second}, "")
-    if is_common:
-        with pytest.raises(UserError, match="would be in both"):
-            condition_columns(buckets, kept, "")
-    else:
-        assert set(condition_columns(buckets, kept, "")) <= {"a", "b"}
-
-
-def test_a_condition_has_one_spelling():
-    words = ["low=score<3", "mine = score >= -3.50 and language=='e n'and url != \"it's\" "]
-    low, mine = parse_buckets({name.strip(): text for name, text in split_conditions(words).items()}, "")
-    assert low.condition == "score < 3"
-    assert mine.condition == 'score >= -3.5 and language == "e n" and url != "it\'s"'
-    assert parse_buckets({"mine": mine.condition}, "") == (mine,)
-
-
-def test_a_column_that_is_nowhere_is_an_error(tmp_path, small_tokenizer, fails, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ("--tokenizer", small_tokenizer, "--block-size", 1, "--out", "data/x", "--buckets", "low=scroe < 3")
-    write_rows(tmp_path / "x.parquet", make_rows(20))
-    message = fails("prep", "x.parquet", *options)
-    assert "x.parquet: the buckets are by column scroe but the file has no such column. Did you mean score?" in message
-    assert not (tmp_path / "data").exists()
-    write_rows(tmp_path / "x.jsonl", make_rows(20))
-    message = fails("prep", "x.jsonl", *options)
-    assert "the buckets are by scroe (read as float64) but not one of its 19 documents has a value there" in message
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_bucket_without_one_block_is_an_error(tmp_path, small_tokenizer, fails):
-    source = write_rows(tmp_path / "x.jsonl", make_rows(20))
-    options = ("--tokenizer", small_tokenizer, "--block-size", 1, "--out", tmp_path / "out")
-    message = fails("prep", source, *options, "--buckets", "low=score < 3", "high=score > 100")
-    assert f"{tmp_path / 'out' / 'high'} (score > 100): block_size is 1" in message
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture
 def scored(tmp_path, small_tokenizer, monkeypatch) -> str:
     """The name of a listed dataset with buckets; the working folder and the data folder are this test's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data_prep.catalog.FOLDER", tmp_path)
     name = f"scored-{tmp_path.name}"  # entries are remembered by name
-    write_rows(tmp_path / "x.jsonl", make_rows(200))
+    write_rows(tmp_path / "x.jsonl", make_scored_rows(200))
     (tmp_path / f"{name}.yaml").write_text(
         "description: sentences\npath: x.jsonl\nlicence: CC0-1.0\nsource_of_numbers: none\nval_fraction: 0.2\n"
         f"keep_columns: {{url: string}}\nbuckets: {{low: score < 3, high: score >= 3}}\n"
@@ -365,25 +248,6 @@ def test_a_bucket_lies_under_the_data_folder_unless_there_is_such_a_path(scored,
     assert dataset_folder("./mine/low") == Path("mine/low")
     (tmp_path / "mine" / "low").mkdir(parents=True)
     assert dataset_folder("mine/low") == Path("mine/low")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("buckets: {low: score}", "mine.yaml: buckets.low: is 'score' but must compare"),
-        ("buckets: {low: 3}", "mine.yaml: buckets.low: is 3 but must compare"),
-        ("buckets: [score < 3]", r"mine.yaml: buckets is \['score < 3'\] but must be names with conditions"),
-        ("buckets: {a: score < 3, b: score < 4}", "mine.yaml: buckets.a: is 'score < 3' but b is 'score < 4'"),
-    ],
-)
-def test_wrong_buckets_in_a_catalogue_file_are_named(tmp_path, line, message):
-    path = tmp_path / "mine.yaml"
-    path.write_text(
-        "description: my notes\npath: notes/\nlicence: CC0-1.0\nsource_of_numbers: none\n"
-        f"default_tokenizer: gpt2\ndefault_block_size: 512\n{line}\n"
-    )
-    with pytest.raises(UserError, match=message):
-        read_entry(path)
 
 
 def test_a_recipe_with_two_buckets_prepares_them_with_one_command(tmp_path):

@@ -39,11 +39,12 @@ def train_on_nodes(recipe: Path, folders: list[Path], *overrides: str) -> list[s
         )
         for rank, folder in enumerate(folders)
     ]
-    ended = []
-    for process in processes:
-        out, err = process.communicate(timeout=200)
-        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return ended
+    try:
+        outputs = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [subprocess.CompletedProcess(p.args, p.returncode, *o) for p, o in zip(processes, outputs, strict=True)]
 
 
 def test_nodes_without_a_shared_disk_each_hold_a_checkpoint_and_resume_from_one_that_all_have(train, recipe, tmp_path):
@@ -51,7 +52,8 @@ def test_nodes_without_a_shared_disk_each_hold_a_checkpoint_and_resume_from_one_
     one = train(quiet, "data.tokens=5120", name="one")
     nodes = [tmp_path / "node0", tmp_path / "node1"]
     done = train_on_nodes(recipe, nodes, quiet)
-    assert done[0].returncode == 2 and "training.save_on_each_node: true" in done[0].stderr, done[0].stderr
+    assert [d.returncode for d in done] == [2, 2], done[0].stderr
+    assert "training.save_on_each_node: true" in done[0].stderr
 
     each = [quiet, "training.save_on_each_node=true"]
     done = train_on_nodes(recipe, nodes, *each)

@@ -224,7 +224,7 @@ CASES = [
         )
     ),
     Case("flipped_optimizer", "A bit of `optimizer.pt` flipped", _damaged("optimizer.pt", _flip), _SILENT, _BEFORE),
-    Case("flipped_model", "A bit of `model.safetensors` flipped", _damaged("model.safetensors", _flip), _SILENT, _BEFORE),
+    Case("flipped_model", "A bit of the weights flipped", _damaged("model.safetensors", _flip), _SILENT, _BEFORE),
     Case(
         "truncated_optimizer",
         "`optimizer.pt` truncated",

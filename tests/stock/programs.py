@@ -55,7 +55,7 @@ class Program:
         raise NotImplementedError
 
     def batches(self, run: str) -> dict[int, set[str]]:
-        """Step -> hashes of the rows of 64 tokens that were trained on in it, of all processes, last time it was done."""
+        """Step -> hashes of the rows of 64 tokens that it was trained on, of all processes, when it was last done."""
         raise NotImplementedError
 
     def config(self, dropout: float) -> Path:

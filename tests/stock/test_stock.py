@@ -1,7 +1,7 @@
 """The same cases on the plain transformers Trainer and on ours.
 
-Those that it fails are strict expected failures: when a version of transformers mends one, the test says so, and the row
-leaves the table of docs/resume.md.
+Those that it fails are strict expected failures: when a version of transformers mends one, the test says so, and the
+row leaves the table of docs/resume.md.
 """
 
 from __future__ import annotations
