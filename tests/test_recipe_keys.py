@@ -8,10 +8,10 @@ import re
 import pytest
 from test_readme import PAGES, ROOT, code, page_id
 
-NOT_KEYS = {"model.safetensors"}  # a file
-
 from clm import recipe_sections as sections_module
 from clm.arguments import DEFAULTS, DERIVED
+
+NOT_KEYS = {"model.safetensors"}  # a file
 
 
 def recipe_keys() -> set[str]:

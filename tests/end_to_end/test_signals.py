@@ -248,7 +248,7 @@ def is_alive(pid: int) -> bool:
 )
 def test_a_signal_to_the_launcher_saves_and_stops(command, number, code, recipe, run, tmp_path):
     env = {"ACCELERATE_USE_CPU": "1"} if "--multi_gpu" in command else {}
-    overrides = [*LONG, *UNSAVED, "training.dataloader_num_workers=1"]
+    overrides = [*LONG, *UNSAVED, "training.dataloader_num_workers=1", "training.report_to=[tensorboard, wandb]"]
     launcher, log = launch(tmp_path, *command, "run_clm.py", recipe, *overrides, **env)
     wait_for_log_point(run(), launcher, after=0)
     trainings = children(launcher.pid)
@@ -257,6 +257,7 @@ def test_a_signal_to_the_launcher_saves_and_stops(command, number, code, recipe,
     wait_until(lambda: not any(map(is_alive, trainings)), lambda: True)
     assert f"saved at step {newest(run())} of 4,000 and stopped" in log.read_text()
     assert "DataLoader worker" not in log.read_text()
+    assert "wandb sync" in log.read_text()  # its run was finished, which os._exit would have skipped
 
 
 @pytest.mark.slow
