@@ -210,7 +210,7 @@ def is_disk_full(error: BaseException, path: Path, need_bytes: int) -> bool:
     """
     texts = ("No space left", "Disk quota", "File too large", "unexpected pos", "file write failed", "iostream error")
     return (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        getattr(error, "errno", None) in FULL_DISK
         or any(text in str(error) for text in texts)
         or (isinstance(error, OSError | RuntimeError) and free_bytes(path) < need_bytes // 4)
     )

@@ -6,6 +6,7 @@ file is cut back to the checkpoint's step, so that no line is torn and no step a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ from transformers import TrainerCallback
 
 log = logging.getLogger("clm")
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def setup_logging(run: Path | None, is_main: bool) -> None:
     """Messages go to the terminal as they are and to train.log with a time; other ranks only warn."""
@@ -29,9 +32,16 @@ def setup_logging(run: Path | None, is_main: bool) -> None:
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
     if run is not None and is_main:
-        file = logging.FileHandler(run / "train.log", encoding="utf-8")
+        file = _LogFile(run / "train.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(file)
+
+
+class _LogFile(logging.FileHandler):
+    """Goes without a line that cannot be written: the terminal has it, and a full disk is told of otherwise."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # the name is logging's
+        pass
 
 
 class _TqdmHandler(logging.Handler):
@@ -67,15 +77,27 @@ def cut_back_run(run: Path, step: int) -> None:
 
 
 class JsonLines:
-    """Appends records to a .jsonl file, one write each."""
+    """Appends records to a .jsonl file, one write each. What a full disk does not take waits for the next write."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._waiting = ""
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record and flush it."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._waiting += json.dumps(record) + "\n"
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                content = self._waiting.encode()
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                file.truncate(end)  # no torn line
+                if error.errno not in FULL_DISK:
+                    raise
+            else:
+                self._waiting = ""
 
 
 class Progress(TrainerCallback):

@@ -7,6 +7,7 @@ nothing is lost yet. Once per run folder.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -97,13 +98,15 @@ def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, floa
 
 def _write_ballast(folder: Path, num_bytes: int) -> None:
     """In place of the optimizer's state, which the first step makes: as many bytes of the model's weights."""
+    written, sources = 0, list(folder.glob("*.safetensors"))
+    assert any(source.stat().st_size for source in sources), f"no weights in {folder}"
     with open(folder / "ballast", "wb") as ballast:
-        left = num_bytes
-        while left > 0:
-            for path in folder.glob("*.safetensors"):
-                with open(path, "rb") as weights:
-                    while left > 0 and (piece := weights.read(min(left, _PIECE))):
-                        left -= ballast.write(piece)
+        for source in itertools.cycle(sources):
+            with open(source, "rb") as weights:
+                while piece := weights.read(min(num_bytes - written, _PIECE)):
+                    written += ballast.write(piece)
+            if written >= num_bytes:
+                break
 
 
 def _forget(path: Path) -> None:

@@ -77,6 +77,8 @@ class Saver:
         self._has_said_why = False
         self._ends_at: float | None = None  # set when the training fails: nothing is waited for any longer than that
         user_mask()  # asked now, before there is a second thread
+        # Stock lets only global rank 0 write weights, also with save_on_each_node: the other nodes would have none.
+        trainer.model.should_save_on_this_rank = lambda is_main_process: is_main_process
 
     # --- called by the training -------------------------------------------------------------------------------------
 
