@@ -30,6 +30,8 @@ SAVING = ".saving"
 RESUME_ONLY = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
 RESUME_ONLY += ("global_step*/*", "latest", "zero_to_fp32.py")  # DeepSpeed's
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk itself, a quota, a limit of the file's size
+
 Files = dict[str, dict[str, Any]]  # path within the folder -> {"num_bytes": ..., "sha256": ...}
 
 

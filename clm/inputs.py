@@ -15,9 +15,9 @@ from clm.model import load_checkpoint_config, load_config
 from clm.prepare import prepared_block_size
 from clm.recipe import Recipe
 from data_prep.blocks import Blocks
-from data_prep.catalog import entry_names, load_entry
+from data_prep.catalog import entry_names, load_entry, split_bucket
 from data_prep.errors import UserError
-from data_prep.manifest import sha256_of
+from data_prep.manifest import is_interrupted, sha256_of
 from data_prep.paths import dataset_folder
 
 if TYPE_CHECKING:
@@ -108,9 +108,11 @@ def _check_recipes_tokenizer(recipe: Recipe, split: Blocks) -> None:
 def _from_catalogue(name: str, block_size: int) -> CatalogueSplit | None:
     """A listed dataset whose folder does not exist; an interrupted or damaged preparation is never glossed over."""
     folder = dataset_folder(name)
-    if name not in entry_names() or folder.exists():
+    dataset, bucket = split_bucket(name)
+    if dataset not in entry_names() or folder.exists() or is_interrupted(folder):
         return None
-    return CatalogueSplit(folder, prepared_block_size(name, block_size), load_entry(name).num_tokens or 0)
+    num_tokens = None if bucket else load_entry(dataset).num_tokens  # how much of it a bucket holds is not known
+    return CatalogueSplit(folder, prepared_block_size(name, block_size), num_tokens or 0)
 
 
 def load_model_config(recipe: Recipe, unchecked: list[str] | None) -> PretrainedConfig | None:
@@ -153,19 +155,17 @@ def open_validation(
         return []
     wanted: list[tuple[str, Path, int | None]] = []
     if recipe.data.validation is None:
-        wanted = [(split.folder.name, split.folder, DEFAULT_VALIDATION_TOKENS) for split in splits]
+        wanted = [(str(split.folder), split.folder, DEFAULT_VALIDATION_TOKENS) for split in splits]
     else:
-        for item in recipe.data.validation:
-            folder = dataset_folder(item.dataset)
-            wanted.append((folder.name, folder, item.tokens))
+        wanted = [(item.dataset, dataset_folder(item.dataset), item.tokens) for item in recipe.data.validation]
     control_seed = training.get("seed", 42) if recipe.data.permute_labels else None
     found = []
-    for i, (name, folder, tokens) in enumerate(wanted):
+    for i, (dataset, folder, tokens) in enumerate(wanted):
         key = f"data.validation[{i}]" if recipe.data.validation is not None else "data.mixture"
         try:
             blocks = Blocks(folder, "validation")
         except UserError as error:
-            if unchecked is None or _from_catalogue(folder.name, size) is None:
+            if unchecked is None or _from_catalogue(dataset, size) is None:
                 problems.add(key, f"cannot be used: {error}")
             elif folder not in not_prepared:
                 unchecked.append(str(error))
@@ -178,7 +178,7 @@ def open_validation(
         elif blocks.block_size % size:
             problems.add(key, f"is {folder}, whose blocks of {blocks.block_size} do not split into rows of {size}.")
         elif blocks.num_blocks:
-            found.append(ValidationRows(name, blocks, size, tokens, control_seed))
+            found.append(ValidationRows(folder.name, blocks, size, tokens, control_seed))
         elif recipe.data.validation is not None:
             problems.add(
                 key, f"is {folder}, whose validation split has no whole block. Prepare it with a larger --val-fraction."

@@ -6,7 +6,6 @@ file is cut back to the checkpoint's step, so that no line is torn and no step a
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-log = logging.getLogger("clm")
+from clm.checkpoint import FULL_DISK
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+log = logging.getLogger("clm")
 
 
 def setup_logging(run: Path | None, is_main: bool) -> None:
@@ -86,18 +85,18 @@ class JsonLines:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record and flush it."""
         self._waiting += json.dumps(record) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                content = self._waiting.encode()
+        content = self._waiting.encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
                 if file.write(content) < len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(end)  # no torn line
-                if error.errno not in FULL_DISK:
-                    raise
-            else:
-                self._waiting = ""
+                    file.truncate(end)  # no torn line
+                    return
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+        else:
+            self._waiting = ""
 
 
 class Progress(TrainerCallback):

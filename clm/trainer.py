@@ -205,7 +205,10 @@ class ClmTrainer(Trainer):
         )
         from clm.curve import draw_curve
 
-        draw_curve(self.run_folder)
+        try:
+            draw_curve(self.run_folder)
+        except OSError as error:
+            log.warning("curve.svg was not drawn: %s", error)
         self._write_samples()
 
     def _write_samples(self) -> None:

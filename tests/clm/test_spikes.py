@@ -193,3 +193,21 @@ def test_judging_never_waits_for_a_value():
         assert counter.reads == 0
         detector.count.item()
         assert counter.reads == 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_judging_and_the_gate_never_wait():
+    detector = Detector(8, 10.0, "cuda")
+    weight = torch.ones(4, device="cuda", requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    losses = [torch.full((2,), value, device="cuda") for value in (3.0,) * 8 + (9.0,)]
+    weight.grad = torch.ones_like(weight)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for loss in losses:
+            before = weight.detach().clone()
+            optimizer.found_inf = detector.judge(loss)[BAD].clone()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(weight, before), "the last one is a spike"

@@ -172,6 +172,16 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(folders)
 
 
+def resumable_step(run: Path) -> int | None:
+    """The step that the next start has to continue from: of the newest complete checkpoint, which may lack only its
+    rename out of the folder it was written in."""
+    steps = checkpoint_steps(run)
+    for path in run.glob(".saving/checkpoint-*"):
+        if find_fault(path) is None:
+            steps.append(int(path.name.partition("-")[2]))
+    return max(steps, default=None)
+
+
 def resumed_from(training: Training) -> int | None:
     """The step a start said it continues from."""
     found = re.search(r"continuing from \S*checkpoint-(\d+)", training.output)

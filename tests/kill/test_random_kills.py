@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from .lab import Lab, Fault, assert_same_run, checkpoint_steps, last_step, leftovers, resumed_from
+from .lab import Fault, Lab, assert_same_run, last_step, leftovers, resumable_step, resumed_from
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("faults"), pytest.mark.timeout(1500)]
 
@@ -28,8 +28,8 @@ LONG = (f"data.tokens={NUM_STEPS * 512}", f"training.save_steps={SAVE_STEPS}")
 def start_and_kill(lab: Lab, name: str, rng: random.Random, seconds: float, num_operations: int) -> int:
     """One start that may be killed on its way; its exit code. What it may have lost is checked."""
     run = lab.runs / name
-    before = checkpoint_steps(run)
-    left = 1 - (before or [0])[-1] / NUM_STEPS
+    before = resumable_step(run)
+    left = 1 - (before or 0) / NUM_STEPS
     if rng.random() < 0.5:
         at = rng.randint(1, max(20, int(left * num_operations)))
         training = lab.start(name, *LONG, fault=Fault("kill", at, but=".lock"))
@@ -40,11 +40,10 @@ def start_and_kill(lab: Lab, name: str, rng: random.Random, seconds: float, num_
         training.kill()
         code = training.wait()
     assert code in (0, -signal.SIGKILL), training.output
-    after = checkpoint_steps(run)  # each folder of that name is complete
-    if "continuing from" in training.output or before:
-        assert resumed_from(training) in (None, before[-1] if before else None)  # None: killed before it was said
-    assert (after or [0])[-1] >= (before or [0])[-1], "a complete checkpoint is only deleted when there is a newer one"
-    assert last_step(run) - (after or [0])[-1] <= 2 * SAVE_STEPS, "not more is lost than what the writer has in hand"
+    after = resumable_step(run)  # it checks that each folder named checkpoint-<step> is complete
+    assert resumed_from(training) in (None, before), "None: killed before it was said"
+    assert (after or 0) >= (before or 0), "a complete checkpoint is only deleted when there is a newer one"
+    assert last_step(run) - (after or 0) <= 2 * SAVE_STEPS, "not more is lost than what the writer has in hand"
     return code
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .lab import ROOT, Fault, Lab, assert_same_run, checkpoint_steps, leftovers, resumed_from, last_step
+from .lab import ROOT, Fault, Lab, assert_same_run, last_step, leftovers, resumable_step, resumed_from
 from .test_random_kills import SEED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -31,12 +31,12 @@ def train_on_two(lab: Lab, name: str) -> Path:
 
 
 def assert_resumes_exactly(lab: Lab, name: str, straight: Path) -> None:
-    steps = checkpoint_steps(lab.runs / name)
-    assert last_step(lab.runs / name) - (steps or [0])[-1] <= 2 * SAVE_STEPS
+    step = resumable_step(lab.runs / name)
+    assert last_step(lab.runs / name) - (step or 0) <= 2 * SAVE_STEPS
     ranks = lab.start_ranks(name, 2, *SHAPE)
     codes = [rank.wait() for rank in ranks]
     assert codes == [0, 0], "\n".join(rank.output for rank in ranks)
-    assert resumed_from(ranks[0]) == (steps[-1] if steps else None)
+    assert resumed_from(ranks[0]) == step
     assert_same_run(lab.runs / name, straight)
     assert leftovers(lab.runs / name) == []
 
@@ -66,7 +66,7 @@ def test_one_of_two_is_killed_while_it_writes_its_part_of_a_checkpoint(lab, vict
     ranks = lab.start_ranks("killed", 2, *SHAPE, fault=Fault("kill", rng.randint(1, 3), "checkpoint-6", rank=str(victim)))
     assert ranks[victim].wait() == -signal.SIGKILL, ranks[victim].output
     assert ranks[1 - victim].wait(END_WITHIN_S) not in (0, None)
-    assert checkpoint_steps(lab.runs / "killed")[-1] == 4
+    assert resumable_step(lab.runs / "killed") == 4
     assert_resumes_exactly(lab, "killed", straight)
 
 
@@ -94,10 +94,10 @@ def test_under_torchrun_a_killed_process_ends_the_launch_and_leaves_no_process(l
         os.kill(target, signal.SIGKILL)
         assert launched.wait(END_WITHIN_S) not in (0, None)
         assert ranks_of(name) == {}, "no process of it is left"
-        steps = checkpoint_steps(lab.runs / name)
+        step = resumable_step(lab.runs / name)
         again = launch(name)
         assert again.wait(200) == 0, (lab.folder / f"{name}.txt").read_text()
-        assert not steps or f"checkpoint-{steps[-1]}" in (lab.folder / f"{name}.txt").read_text()
+        assert not step or f"checkpoint-{step}" in (lab.folder / f"{name}.txt").read_text()
         assert_same_run(lab.runs / name, straight)
 
 

@@ -11,10 +11,11 @@ import signal
 
 import pytest
 
-from .lab import Fault, Lab, assert_same_run, checkpoint_steps, leftovers, resumed_from
+from .lab import Fault, Lab, assert_same_run, leftovers, resumable_step, resumed_from
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("faults"), pytest.mark.timeout(1500)]
 
+FAST = ("run.preflight=false",)
 SAVE = "checkpoint-4"  # of steps 2, 4, 6: there is one before it, which is rotated away, and training goes on after it
 
 
@@ -23,7 +24,7 @@ def list_save(lab: Lab) -> list[int]:
 
     Of a long row of writes to one file the first, a middle one and the last two stand for all.
     """
-    operations = lab.operations("listed", begin=SAVE)
+    operations = lab.operations("listed", *FAST, begin=SAVE)
     ours = operations[: next(i for i, each in enumerate(operations) if "checkpoint-6" in each)]
     assert any(each.startswith(("unlink", "rmdir")) and "checkpoint-2" in each for each in ours), "rotation is part of it"
     rows: list[list[int]] = []
@@ -36,17 +37,17 @@ def list_save(lab: Lab) -> list[int]:
 
 
 def test_a_kill_at_any_operation_of_a_save_loses_nothing_complete(lab):
-    straight = lab.train("straight")
+    straight = lab.train("straight", *FAST)
     numbers = list_save(lab)
     for number in numbers:
         name = f"killed-{number}"
-        killed = lab.start(name, fault=Fault("kill", number, SAVE))
+        killed = lab.start(name, *FAST, fault=Fault("kill", number, SAVE))
         assert killed.wait() == -signal.SIGKILL, killed.output
-        steps = checkpoint_steps(lab.runs / name)
-        assert steps, f"operation {number}: there was always a complete checkpoint"
-        resumed = lab.start(name)
+        step = resumable_step(lab.runs / name)
+        assert step, f"operation {number}: there was always a complete checkpoint"
+        resumed = lab.start(name, *FAST)
         assert resumed.wait() == 0, resumed.output
-        assert resumed_from(resumed) == steps[-1]
+        assert resumed_from(resumed) == step
         assert_same_run(lab.runs / name, straight)
         assert leftovers(lab.runs / name) == []
     print(f"{len(numbers)} operations, killed at each")
@@ -54,19 +55,19 @@ def test_a_kill_at_any_operation_of_a_save_loses_nothing_complete(lab):
 
 @pytest.mark.parametrize("kind", ["eio", "enospc"])
 def test_a_write_that_fails_at_any_operation_of_a_save_loses_nothing_complete(lab, kind):
-    straight = lab.train("straight")
+    straight = lab.train("straight", *FAST)
     numbers, ended = list_save(lab), []
     for number in numbers:
         name = f"{kind}-{number}"
-        disturbed = lab.start(name, fault=Fault(kind, number, SAVE))
+        disturbed = lab.start(name, *FAST, fault=Fault(kind, number, SAVE))
         code = disturbed.wait()
-        steps = checkpoint_steps(lab.runs / name)
-        assert steps, f"operation {number}: there was always a complete checkpoint"
+        step = resumable_step(lab.runs / name)
+        assert step, f"operation {number}: there was always a complete checkpoint"
         if code:
             ended.append(number)
             assert (lab.runs / name / "final").exists() is False
-            resumed = lab.start(name)
+            resumed = lab.start(name, *FAST)
             assert resumed.wait() == 0, resumed.output
-            assert resumed_from(resumed) == steps[-1]
+            assert resumed_from(resumed) == step
         assert_same_run(lab.runs / name, straight)
     print(f"{len(numbers)} operations; the run ended at {len(ended)} of them: {ended}")
