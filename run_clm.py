@@ -9,6 +9,7 @@ The same command continues an interrupted run, and says so when the run is finis
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -113,7 +114,8 @@ def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
     # 5. The training. A stage border and a rollback are a resume like any other.
     trainer = train(plan, requests)
     while trainer.outcome in ("border", "rollback"):
-        del trainer  # its model and optimizer, before the next ones exist
+        del trainer
+        gc.collect()  # its model and optimizer, before the next ones exist
         trainer = train(plan, requests)
     if trainer.outcome == "stopped":
         requests.leave(trainer)

@@ -28,7 +28,7 @@ def write_final(trainer: ClmTrainer) -> Path:
     try:
         trainer.save_model(str(temporary), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
+        if trainer.saver.is_publisher:
             (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
             check_saved_weights(temporary, trainer.plan.num_parameters)
             write_card(run, temporary)

@@ -53,7 +53,7 @@ def run_preflight(saver: Saver, model: Any) -> None:
     ours = [one for rank, one in enumerate(gather_object([measured])) if rank in saver.ranks]
     num_bytes, write_s, verify_s = sum(o[0] for o in ours), max(o[1] for o in ours), max(o[2] for o in ours)
     saver.num_bytes = num_bytes
-    if saver.rank == saver.publisher:
+    if saver.is_publisher:
         shutil.rmtree(folder.parent, ignore_errors=True)  # all ranks have read their part
         result = {"num_bytes": num_bytes, "write_s": write_s, "verify_s": verify_s, **_check_room(saver, num_bytes)}
         write_json(saver.run / RESULT, result)
@@ -77,9 +77,8 @@ def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, floa
     if saver.trainer.is_deepspeed_enabled:
         saver.write_by_engine(model, None, folder)  # the engine's optimizer state is there from the beginning
     else:
-        is_publisher = saver.rank == saver.publisher
-        saver.write(folder, collect(saver.trainer, is_publisher))
-        if is_publisher:
+        saver.write(folder, collect(saver.trainer, saver.is_publisher))
+        if saver.is_publisher:
             plan = saver.trainer.plan
             _write_ballast(folder, plan.checkpoint_bytes - plan.num_parameters * BYTES_PER_PARAMETER)
     files = saver.hash_own_files(folder)

@@ -44,6 +44,7 @@ from clm.metrics import log
 from clm.push import push_checkpoint
 from clm.retention import apply_retention
 from clm.run_folder import PREFIX
+from clm.run_record import RECORD, write_record
 from clm.snapshot import Buffers, available_memory, copy_to_host, num_bytes_to_copy
 from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
@@ -67,6 +68,7 @@ class Saver:
         self.rank = trainer.args.process_index
         self.ranks = find_ranks_of_disk(self.run, self.rank, trainer.args.world_size)
         self.publisher = choose_publisher(self.run, self.ranks, trainer.args.should_save)
+        self.is_publisher = self.rank == self.publisher
         self.num_bytes: int = trainer.plan.checkpoint_bytes  # of a checkpoint: an estimate until one was written
         self.is_engine_writing = False
         self._tokenizer = copy.deepcopy(trainer.processing_class)  # the thread's own
@@ -78,7 +80,9 @@ class Saver:
         self._ends_at: float | None = None  # set when the training fails: nothing is waited for any longer than that
         user_mask()  # asked now, before there is a second thread
         # Stock lets only global rank 0 write weights, also with save_on_each_node: the other nodes would have none.
-        trainer.model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        trainer.model.should_save_on_this_rank = lambda is_main: is_main and self.is_publisher
+        if self.is_publisher and self.rank != 0 and not (self.run / RECORD).is_file():
+            write_record(trainer.plan)  # on another node's disk; rank 0 has written its own
 
     # --- called by the training -------------------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ class Saver:
             self._say_once("DeepSpeed writes its own files")
             self._save_by_engine(model, trial, folder, facts, started_at)
             return
-        state = collect(trainer, self.rank == self.publisher)
+        state = collect(trainer, self.is_publisher)
         reason = self._why_training_waits(state)
         if reason is not None:
             self._say_once(reason)
@@ -144,7 +148,7 @@ class Saver:
 
     def clean_up(self, step: int, is_finished: bool = False) -> None:
         """Apply run.retention on this disk; that it fails is no reason to stop a training."""
-        if self.rank == self.publisher:
+        if self.is_publisher:
             try:
                 apply_retention(self.run, self.settings.retention, step, is_finished)
             except (OSError, UserError) as error:
@@ -175,9 +179,9 @@ class Saver:
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         """Write this rank's files."""
-        if self.rank == self.publisher:
+        if self.is_publisher:
             folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, state, self.trainer.model, self._tokenizer, self.run / "recipe.yaml")
+        write_files(folder, state, self.trainer.model, self._tokenizer, self.run / RECORD)
 
     def hash_own_files(self, folder: Path) -> Files:
         """Flush and hash what this rank has written."""
@@ -186,7 +190,7 @@ class Saver:
     def _complete(self, folder: Path, facts: dict[str, Any]) -> None:
         """Hash this rank's files and say so; the publisher waits for its disk's ranks and makes it a checkpoint."""
         files = self.hash_own_files(folder)
-        if self.rank != self.publisher:
+        if not self.is_publisher:
             write_json(folder / f".rank-{self.rank}", {"files": files})
             return
         others = [rank for rank in self.ranks if rank != self.rank]
@@ -214,7 +218,7 @@ class Saver:
         self, folder: Path, facts: dict[str, Any], started_at: float, stopped_s: float | None
     ) -> None:
         self._failure = None
-        if self.rank != self.publisher:
+        if not self.is_publisher:
             return
         all_s = time.perf_counter() - started_at
         log.info(
@@ -237,9 +241,9 @@ class Saver:
             Trainer._save_checkpoint(self.trainer, model, trial)
         finally:
             self.is_engine_writing = False
-        if self.rank == self.publisher:
+        if self.is_publisher:
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            write_texts(folder, self.run / "recipe.yaml")
+            write_texts(folder, self.run / RECORD)
         self.trainer.accelerator.wait_for_everyone()
 
     def _save_by_engine(self, model: Any, trial: Any, folder: Path, facts: dict[str, Any], started_at: float) -> None:
@@ -301,7 +305,7 @@ class Saver:
             folder.name,
             what,
         )
-        if self.rank == self.publisher:
+        if self.is_publisher:
             self._discard(folder)
         else:
             with contextlib.suppress(OSError):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
 from kill.lab import Fault
 
 from .programs import Program, last_line

@@ -11,8 +11,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from clm.fork_server import ForkServer, Training
 from kill.lab import CONFIG, ROOT, Fault
+
+from clm.fork_server import ForkServer, Training
 
 ROWS_PER_STEP, BLOCK_SIZE = 16, 32
 SETTINGS = {

@@ -6,7 +6,6 @@ row leaves the table of docs/resume.md.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
