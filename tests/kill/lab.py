@@ -116,9 +116,7 @@ class Lab:
         command = [ROOT / "run_clm.py", self.recipe, *overrides, f"training.run_name={name}"]
         return self.server.start(command, log, environment)
 
-    def start_ranks(
-        self, name: str, num_processes: int, *overrides: str, fault: Fault | None = None
-    ) -> list[Training]:
+    def start_ranks(self, name: str, num_processes: int, *overrides: str, fault: Fault | None = None) -> list[Training]:
         """Start run `name` on several processes, as a launcher that only starts them: nobody ends the others."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

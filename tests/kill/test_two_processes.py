@@ -63,7 +63,9 @@ def test_one_of_two_is_killed_while_it_writes_its_part_of_a_checkpoint(lab, vict
     print(f"KILL_SEED={SEED}")
     rng = random.Random(SEED + victim)
     straight = train_on_two(lab, "straight")
-    ranks = lab.start_ranks("killed", 2, *SHAPE, fault=Fault("kill", rng.randint(1, 3), "checkpoint-6", rank=str(victim)))
+    ranks = lab.start_ranks(
+        "killed", 2, *SHAPE, fault=Fault("kill", rng.randint(1, 3), "checkpoint-6", rank=str(victim))
+    )
     assert ranks[victim].wait() == -signal.SIGKILL, ranks[victim].output
     assert ranks[1 - victim].wait(END_WITHIN_S) not in (0, None)
     assert resumable_step(lab.runs / "killed") == 4

@@ -26,7 +26,9 @@ def list_save(lab: Lab) -> list[int]:
     """
     operations = lab.operations("listed", *FAST, begin=SAVE)
     ours = operations[: next(i for i, each in enumerate(operations) if "checkpoint-6" in each)]
-    assert any(each.startswith(("unlink", "rmdir")) and "checkpoint-2" in each for each in ours), "rotation is part of it"
+    assert any(each.startswith(("unlink", "rmdir")) and "checkpoint-2" in each for each in ours), (
+        "rotation is part of it"
+    )
     rows: list[list[int]] = []
     for number, each in enumerate(ours, start=1):
         if rows and each.startswith("write") and each == ours[number - 2]:

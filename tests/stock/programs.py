@@ -65,9 +65,7 @@ class Program:
         path.write_text(json.dumps({**CONFIG, "attention_dropout": dropout}))
         return path
 
-    def start(
-        self, run: str, processes: int = 1, fault: Fault | None = None, **changed: Any
-    ) -> list[Training]:
+    def start(self, run: str, processes: int = 1, fault: Fault | None = None, **changed: Any) -> list[Training]:
         """Start a run, or start it again; one Training for each process."""
         unknown = set(changed) - set(SETTINGS)
         assert not unknown, unknown
