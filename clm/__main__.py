@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   python -m clm push demo --repo-id user/name --private       runs/demo/final to the Hub
   python -m clm explain demo --step 1200                      what did step 1200 train on? coloured by loss
   python -m clm explain demo --grep "import os"               at which steps was, or will, this text be seen?
+  python -m clm verify recipes/demo.yaml                      is a killed and resumed run the uninterrupted one?
   python -m clm reload demo                                   does final/ give the training's validation loss again?
 
 RUN is a name under runs/ (or under $RUNS_DIR), or the path of a run's folder.
@@ -110,6 +111,19 @@ def build_parser() -> argparse.ArgumentParser:
     anneal.add_argument("--data", metavar="DATA", help="a dataset, or a list as data.mixture; default: the trunk's")
     anneal.add_argument("--name", metavar="NAME", help="of the new run; default: <trunk>-anneal-<step>")
 
+    text = "kill and resume a small copy of a recipe's run, and prove that nothing changed by it"
+    verify = verbs.add_parser("verify", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    verify.add_argument("recipe", metavar="RECIPE", help="a YAML file, e.g. recipes/demo.yaml; its data is prepared")
+    verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for run_clm.py")
+    verify.add_argument("--kills", type=_positive_integer, default=3, metavar="N", help="SIGKILLs; default: 3")
+    verify.add_argument("--steps", type=_positive_integer, default=24, metavar="N", help="of the copy; default: 24")
+    verify.add_argument(
+        "--processes", type=_positive_integer, default=2, metavar="N", help="of the other layout; default: 2"
+    )
+    verify.add_argument(
+        "--seed", type=_not_negative_integer, metavar="N", help="of the random moments; default: another each time"
+    )
+
     _add_run_verb(
         verbs, "reload", "load final/ afresh and compute the validation loss again; exit code 1 when it differs"
     )
@@ -154,6 +168,10 @@ def run_verb(args: argparse.Namespace) -> int:
         from clm.fork import anneal_run
 
         print(anneal_run(args.checkpoint, args.tokens, args.data, args.name))
+    elif args.verb == "verify":
+        from clm.verify import verify_recipe
+
+        return verify_recipe(args.recipe, args.overrides, args.kills, args.steps, args.processes, args.seed)
     elif args.verb == "reload":
         from clm.reload import reload_run
 

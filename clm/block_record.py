@@ -1,7 +1,7 @@
 """What a rank really consumed, step by step: runs/<name>/blocks-<rank>.jsonl, where `run.record_blocks` is true.
 
-One line per step: {"step", "samples": [sample numbers in the order they were trained on], "sha256": of the input ids,
-int64 in C order}. It is noted where the model gets the batch, not where the loader reads ahead.
+One line per step: {"step", "num_processes", "samples": [sample numbers in the order they were trained on], "sha256": of
+the input ids, int64 in C order}. It is noted where the model gets the batch, not where the loader reads ahead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from clm.metrics import JsonLines
+from clm.run_folder import read_json_lines
 
 
 class BlockRecord(TrainerCallback):
@@ -29,7 +30,8 @@ class BlockRecord(TrainerCallback):
         self.digest.update(inputs["input_ids"].to("cpu", torch.int64).contiguous().numpy().tobytes())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.file.write({"step": state.global_step, "samples": self.samples, "sha256": self.digest.hexdigest()})
+        record = {"step": state.global_step, "num_processes": args.world_size, "samples": self.samples}
+        self.file.write({**record, "sha256": self.digest.hexdigest()})
         self._start()
 
     def _start(self) -> None:
@@ -40,3 +42,14 @@ class BlockRecord(TrainerCallback):
 def block_record_path(run: Path, rank: int) -> Path:
     """Where a rank's record lies."""
     return run / f"blocks-{rank}.jsonl"
+
+
+def read_batches(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """Step -> the records of its ranks, in their order."""
+    ranks: dict[int, dict[int, dict[str, Any]]] = {}
+    for path in run.glob("blocks-*.jsonl"):
+        rank = int(path.stem.partition("-")[2])
+        for record in read_json_lines(path):
+            ranks.setdefault(record["step"], {})[rank] = record
+    # a rank that a later start no longer had has left its file as it was
+    return {s: [of[r] for r in range(of[0]["num_processes"])] for s, of in sorted(ranks.items()) if 0 in of}

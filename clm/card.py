@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clm.curve import draw_curve
+from clm.events import read_events
 from clm.run_folder import last_evaluation, read_metrics, read_recipe
 from clm.spike_report import describe_history
 from data_prep.errors import UserError
@@ -59,7 +60,7 @@ def write_card(run: Path, folder: Path) -> Path:
         "## Model\n\n" + _model_table(recipe, config),
         "## Data\n\n" + _data_table(recipe, metrics) + f"\n\n{licence_note}",
         "## Training\n\n" + _training_table(recipe, metrics),
-        *filter(None, [_stages_table(recipe), describe_history(run)]),
+        *filter(None, [_stages_table(recipe), _lineage(run), describe_history(run)]),
         *(["![Training and validation loss over tokens](curve.svg)"] if has_curve else []),
         "## Validation\n\n" + _validation_table(recipe, last_evaluation(metrics)),
         "## Limits\n\n" + _limits(),
@@ -261,6 +262,25 @@ def _stages_table(recipe: dict) -> str:
         for stage in recipe["resolved"].get("stages") or []
     ]
     return _table(("Stage", "Tokens", "Block size", "Tokens per step", "Data"), rows) if len(rows) > 1 else ""
+
+
+def _lineage(run: Path) -> str:
+    """Where the run was forked off, made longer, or changed on its way."""
+    lines = []
+    for event in read_events(run):
+        if event["event"] == "forked":
+            lines.append(
+                f"Forked from step {event['step']:,} of {Path(event['from']).name} ({event['tokens']:,} tokens; SHA-256 "
+                f"of its weights: `{event['weights_sha256'][:16]}`)."
+            )
+        elif event["event"] == "extended":
+            lines.append(
+                f"Made longer at step {event['step']:,}: {event['from_tokens']:,} -> {event['to_tokens']:,} tokens."
+            )
+        elif event["event"] == "changed":
+            keys = sorted({change.partition(":")[0].rpartition("/")[2] for change in event["changes"]})
+            lines.append(f"Changed on the way: {', '.join(keys)}.")
+    return "\n\n".join(lines)
 
 
 def _validation_table(recipe: dict, evaluation: dict | None) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypedDict
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from clm.document_mask import check_run
+from clm.order import derive_key
 from clm.preflight import run_preflight
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class RunFlow(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
+        self._seed_dropout(args, state.global_step)
         if self.pending_loss is not None:
             self.trainer.restore_pending_loss(self.pending_loss)
         if self.trainer.plan.document_mask is not None:
@@ -44,6 +46,15 @@ class RunFlow(TrainerCallback):
         self.trainer.saver.clean_up(state.global_step)  # run.retention may have changed
         if state.global_step == 0 and args.save_strategy != "no" and self.trainer.plan.recipe.run.preflight:
             run_preflight(self.trainer.saver, kwargs["model"])
+
+    def _seed_dropout(self, args, step):
+        """Give each process dropout masks of its own, and new ones where the checkpoint has no random state for it.
+
+        Stock gives all processes the same masks, and on another number of processes those of step 0 once more. Where
+        the checkpoint has a state for this process, stock loads it after this.
+        """
+        if step > 0 or args.process_index > 0:
+            set_seed(derive_key(self.trainer.plan.seed, "dropout", step, args.process_index) % 2**32)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.saver.stop_if_full()

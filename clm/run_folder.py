@@ -57,12 +57,16 @@ def read_recipe(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All objects of metrics.jsonl; a last line that a kill tore in two is left out.
+    """All objects of metrics.jsonl."""
+    return read_json_lines(run / "metrics.jsonl")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All objects of a .jsonl file, [] for none; a last line that a kill tore in two is left out.
 
     Raises:
         UserError: a line that is not the last is no JSON object.
     """
-    path = run / "metrics.jsonl"
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

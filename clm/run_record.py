@@ -6,6 +6,8 @@ differences when the folder was made by another recipe or from other data.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -110,6 +112,13 @@ def recipe_changes(recipe: Recipe, run: Path) -> list[str]:
     ]
 
 
+def identity(recipe: Recipe, fingerprints: dict[str, str]) -> str:
+    """SHA-256 of what makes a run what it is: every key that may not change between two starts, and the data."""
+    fixed = {key: value for key, value in _flatten(recipe.to_dict()).items() if not _may_change(key)}
+    text = json.dumps({"recipe": fixed, "data": fingerprints}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def data_changes(plan: Any) -> list[str]:
     """Every dataset with both fingerprints that was prepared anew with another content since the run began."""
     record = plan.run_folder / RECORD
@@ -182,8 +191,7 @@ def resolve(plan: Any) -> dict[str, Any]:
         "precision": plan.precision,
         "attention": plan.attention,
         "device": _describe_device(plan),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "pyarrow")},
+        "versions": versions(),
         "git_commit": _git_commit(),
         "datasets": [
             {
@@ -200,6 +208,12 @@ def resolve(plan: Any) -> dict[str, Any]:
         "validation": [rows.describe() for rows in plan.validation],
         "init": plan.recipe.model.init,
     }
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    packages = ("torch", "transformers", "accelerate", "tokenizers", "pyarrow")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _describe_device(plan: Any) -> str:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from clm.metrics import log
+from data_prep.lock import let_go_of_inherited_locks
 
 if TYPE_CHECKING:
     from clm.trainer import ClmTrainer
@@ -262,12 +263,14 @@ def shield_workers(loader: torch.utils.data.DataLoader) -> None:
     """Let DataLoader workers live on when a signal goes to all processes of a job; they end with their parent.
 
     Without this, SIGTERM to a process group (torchrun, Slurm) ends the workers at once, and the next batch of a run
-    that is about to save fails with "DataLoader worker is killed by signal".
+    that is about to save fails with "DataLoader worker is killed by signal". When it is killed they outlive it by
+    seconds, in which the same command must be able to start.
     """
-    loader.worker_init_fn = partial(_ignore_signals, loader.worker_init_fn)
+    loader.worker_init_fn = partial(_shield, loader.worker_init_fn)
 
 
-def _ignore_signals(then: Any, worker: int) -> None:
+def _shield(then: Any, worker: int) -> None:
+    let_go_of_inherited_locks()
     signal.set_wakeup_fd(-1)  # inherited: the worker's signals are not its parent's
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

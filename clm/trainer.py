@@ -268,7 +268,7 @@ class ClmTrainer(Trainer):
         counts = [b - a for a, b in zip(before, after, strict=True)]
         shares = {n: c / sum(counts) for n, c in zip(self.plan.recipe.data.datasets, counts, strict=True) if c}
         record = {"step": stage.last_step, "tokens": self.num_tokens, "stage": stage.name, "shares": shares}
-        self.metrics_file.write(record)
+        self.metrics_file.write({**record, "time_s": self.progress.seconds})
 
     def restore_pending_loss(self, pending: PendingLoss) -> None:
         """Go on with the mean that was being built: stock forgets it, and the first logged loss covers fewer steps."""

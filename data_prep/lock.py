@@ -9,6 +9,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 
 LOCK_NAME = ".lock"
+_held: set[int] = set()  # descriptors of this process's locks
 
 
 @contextmanager
@@ -40,11 +41,18 @@ def folder_lock(folder: Path, work: str, elsewhere: str) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _held.discard(descriptor)
         os.close(descriptor)
         for each in created:  # leave no empty folder behind
             if not each.is_dir() or any(each.iterdir()):
                 break
             each.rmdir()
+
+
+def let_go_of_inherited_locks() -> None:
+    """In a forked process that writes nothing: its parent's locks end with its parent, not with it."""
+    while _held:
+        os.close(_held.pop())
 
 
 def _lock(path: Path) -> int:
@@ -55,6 +63,7 @@ def _lock(path: Path) -> int:
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, str(os.getpid()).encode())
+                _held.add(descriptor)
                 return descriptor
             os.close(descriptor)  # its holder removed the file between our two calls: lock the new one
         except OSError:
