@@ -26,7 +26,7 @@ LAUNCH_ARGS =
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo datasets prep inspect check train extend anneal sample explain export push lint test test-slow supported-python
+.PHONY: help install demo datasets prep inspect check train extend anneal sample explain verify export push lint test test-slow supported-python
 
 PY := .venv/bin/python
 
@@ -106,6 +106,9 @@ explain: export CLM_GREP = $(value GREP)
 explain: export CLM_TOKEN = $(value TOKEN)
 explain: need-RUN $(if $(value STEP)$(value BLOCK)$(value GREP)$(value TOKEN),,need-STEP) $(INSTALLED) ## What did a step train on, or which steps see a text: RUN=demo STEP=1200, or BLOCK=stdlib:7, GREP="import os", TOKEN=42
 	@$(PY) -m clm explain "$(RUN)" $(if $(STEP),--step "$(STEP)") $(if $(BLOCK),--block "$(BLOCK)") $(if $(value GREP),--grep="$$CLM_GREP") $(if $(value TOKEN),--token="$$CLM_TOKEN") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(ARGS)
+
+verify: need-RECIPE $(INSTALLED) ## Is a killed and resumed run the uninterrupted one? With a certificate: RECIPE=recipes/demo.yaml
+	@$(PY) -m clm verify "$(RECIPE)" $(ARGS)
 
 export: need-RUN $(INSTALLED) ## Write the model with or without its head: RUN=demo ARGS="--what base"
 	$(PY) -m clm export "$(RUN)" $(ARGS)

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clm.certificate import text_for_card
 from clm.curve import draw_curve
 from clm.events import read_events
 from clm.run_folder import last_evaluation, read_metrics, read_recipe
@@ -34,6 +35,10 @@ _HUB_LICENCES = """
 """
 HUB_LICENCES = frozenset(_HUB_LICENCES.split())
 _HUB_SPELLINGS = {"odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl"}  # SPDX -> the Hub's id
+_RESUME = (
+    "A small copy of this run's recipe, on this data, was killed and resumed, and compared with one that was not "
+    "(`python -m clm verify`)."
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -63,6 +68,7 @@ def write_card(run: Path, folder: Path) -> Path:
         *filter(None, [_stages_table(recipe), _lineage(run), describe_history(run)]),
         *(["![Training and validation loss over tokens](curve.svg)"] if has_curve else []),
         "## Validation\n\n" + _validation_table(recipe, last_evaluation(metrics)),
+        *([f"## Resume\n\n{_RESUME}\n\n```text\n{certificate}\n```"] if (certificate := text_for_card(run)) else []),
         "## Limits\n\n" + _limits(),
     ]
     path = folder / "README.md"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from clm.plan import Plan
     from clm.recipe import Recipe
+    from clm.replay import Replay
 
 FILE = "certificate.json"
 _TITLES = {
@@ -152,9 +153,9 @@ def write_certificate(
     return content
 
 
-def order_sha256(plan: Plan) -> str:
+def order_sha256(plan: Plan | Replay) -> str:
     """SHA-256 of the blocks of 64 steps of the whole run, spread from the first to the last: the order as it is."""
-    steps = sorted({1 + (plan.num_steps - 1) * i // 63 for i in range(64)})
+    steps = sorted({1 + (plan.timeline.num_steps - 1) * i // 63 for i in range(64)})
     return fingerprint([[part.tolist() for part in plan.order.block_at(plan.timeline.samples_of_step(s))] for s in steps])
 
 
