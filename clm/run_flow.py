@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from transformers import TrainerCallback, set_seed
 
+from clm.ddp import settle_buckets
 from clm.document_mask import check_run
 from clm.order import derive_key
 from clm.preflight import run_preflight
@@ -39,6 +40,7 @@ class RunFlow(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
         self._seed_dropout(args, state.global_step)
+        settle_buckets(self.trainer)
         if self.pending_loss is not None:
             self.trainer.restore_pending_loss(self.pending_loss)
         if self.trainer.plan.document_mask is not None:
