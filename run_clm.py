@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
     """The second half: stage by stage, each from the newest checkpoint, to final/."""
-    from clm.launch import prepare_loggers
+    from clm.launch import forget_accelerator, prepare_loggers
     from clm.metrics import log, setup_logging
     from clm.plan_text import describe_plan
     from clm.run_record import note_changes, write_record
@@ -116,6 +116,7 @@ def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
     while trainer.outcome in ("border", "rollback"):
         del trainer
         gc.collect()  # its model and optimizer, before the next ones exist
+        forget_accelerator()
         trainer = train(plan, requests)
     if trainer.outcome == "stopped":
         requests.leave(trainer)

@@ -114,6 +114,18 @@ def hold_run(run: Path) -> AbstractContextManager[None]:
     return folder_lock(run, "is training it", "training.run_name=... or RUNS_DIR")
 
 
+def forget_accelerator() -> None:
+    """Let the next Trainer of this process make its Accelerator as the first one did; the process group stays.
+
+    accelerate keeps the first one's state for all later ones: gradient accumulation, and DeepSpeed's plugin, beside
+    which it refuses another.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
 def pick_checkpoint(plan: Plan) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint that every process holds undamaged, and its facts (step, tokens ...); (None, {}) for none.
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from clm.replay import open_replay
 from clm.run_folder import list_checkpoints
 
 from .conftest import losses, quiet_config, read_metrics
+from .test_launch import BIN, launch
 
 STAGES = """data.stages=[
   {name: short, tokens: 2560, block_size: 16, tokens_per_step: 256},
@@ -85,3 +87,23 @@ def test_another_layout_trains_on_the_same_batches(train, staged, recipe):
         assert recorded(other) == recorded(one)
         for step, loss in losses(one).items():
             assert losses(other)[step] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication with c++")
+@pytest.mark.parametrize("zero", [2, 3])
+def test_stages_under_deepspeed_are_those_of_one_process(train, staged, recipe, zero):
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    quiet = quiet_config(recipe)
+    one = train(*staged, quiet, name="one")
+    config = f"accelerate_configs/zero{zero}.yaml"
+    command = [str(BIN / "accelerate"), "launch", "--quiet", "--config_file", config, "--num_processes", "2"]
+    command += ["--main_process_port", "0", "run_clm.py", str(recipe), *staged, quiet, "training.run_name=two"]
+    command += ["training.per_device_train_batch_size=2"]
+    done = launch(*command)
+    assert done.returncode == 0, done.stderr
+    two = one.with_name("two")
+    assert recorded(two, 2) == recorded(one)
+    assert losses(two) == pytest.approx(losses(one), abs=2e-5)
+    config = json.loads((two / "final" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 50000
