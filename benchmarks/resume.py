@@ -63,11 +63,11 @@ def _resume(runs: Path, name: str, until: int | None) -> dict:
 def _child(name: str, until: str) -> None:
     sys.path.insert(0, str(ROOT))
     import run_clm
-    from clm import checkpoint
+    from clm import launch
     from clm.trainer import ClmTrainer
 
     measured = {"check_s": 0.0}
-    find_damage, train, step = checkpoint.find_damage, ClmTrainer.train, ClmTrainer.training_step
+    find_damage, train, step = launch.find_damage, ClmTrainer.train, ClmTrainer.training_step
 
     def timed_check(*args, **kwargs):
         started_at = time.perf_counter()
@@ -90,7 +90,7 @@ def _child(name: str, until: str) -> None:
         measured["step"] = self.state.global_step
         raise _EnoughError
 
-    checkpoint.find_damage, ClmTrainer.train, ClmTrainer.training_step = timed_check, timed_train, timed_step
+    launch.find_damage, ClmTrainer.train, ClmTrainer.training_step = timed_check, timed_train, timed_step
     overrides = ["data.tokens=10T", "data.max_epochs=1e9", "training.save_steps=1", "data.validation=[]"]
     try:
         run_clm.main(["recipes/demo.yaml", f"training.run_name={name}", *overrides, "run.preflight=false"])
@@ -114,6 +114,8 @@ def _copy_to_step(runs: Path, step: int) -> None:
     """The run `near` again as `far`, its only checkpoint with another step number and right checksums."""
     import torch
 
+    from clm.checkpoint import _sha256_of_json
+
     far = Path(shutil.copytree(runs / "near", runs / "far"))
     os.rename(far / "checkpoint-1", far / f"checkpoint-{step}")
     checkpoint = far / f"checkpoint-{step}"
@@ -126,6 +128,7 @@ def _copy_to_step(runs: Path, step: int) -> None:
     for name, facts in manifest["files"].items():
         content = (checkpoint / name).read_bytes()
         facts.update(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest["sha256"] = _sha256_of_json({k: v for k, v in manifest.items() if k != "sha256"})
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clm.recipe import load_recipe
 from clm.run_folder import list_checkpoints
+from clm.spikes import check_policy
 from data_prep.errors import UserError
 
-from .conftest import losses, read_metrics
+from .conftest import losses, quiet_config, read_metrics
 from .poison import BAD, excluded_blocks, final_loss, on, poison, spikes, weights
+from .test_launch import BIN, launch
 
 # --- rollback ---------------------------------------------------------------------------------------------------------
 
@@ -118,6 +121,23 @@ def test_log_says_it_and_writes_no_folder(train, poisoned, capsys):
     assert capsys.readouterr().out.count("step 41: loss 7.") == 2
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication with c++")
+def test_a_rollback_under_deepspeed_takes_out_the_same_blocks(train, recipe, poisoned, samples_of_step):
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    quiet = quiet_config(recipe)
+    one = train(quiet, *on(poisoned, "rollback"), name="one")
+    command = [str(BIN / "accelerate"), "launch", "--quiet", "--config_file", "accelerate_configs/zero2.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", "run_clm.py", str(recipe)]
+    overrides = [quiet, *on(poisoned, "rollback"), "training.per_device_train_batch_size=8", "training.run_name=two"]
+    done = launch(*command, *overrides)
+    assert done.returncode == 0, done.stderr
+    two = one.with_name("two")
+    assert excluded_blocks(two) == {b for step in BAD for b in samples_of_step[step].tolist()}
+    assert [r["step"] for r in read_metrics(two) if "loss" in r] == list(range(1, 61))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+
+
 # --- skip -------------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +176,13 @@ def moments(path: Path) -> str:
 def test_skip_is_refused_where_there_is_no_gate(train, overrides, reason):
     with pytest.raises(UserError, match=f"run.spikes.policy is skip but .*{reason}"):
         train("run.spikes.policy=skip", *overrides)
+
+
+def test_skip_is_refused_in_fp16_whose_loss_scaling_has_the_same_gate(recipe):
+    checked = load_recipe(recipe, ["run.spikes.policy=skip"])
+    check_policy(checked, {}, "fp16")
+    assert any("the precision is fp16" in message for message in checked.problems.messages)
+    assert not load_recipe(recipe, ["run.spikes.policy=rollback"]).problems.messages
 
 
 @pytest.mark.parametrize("policy", ["skip", pytest.param("rollback", marks=pytest.mark.slow)])

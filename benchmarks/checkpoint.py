@@ -1,0 +1,65 @@
+"""How long does training stand still while a checkpoint is written, in the background and not?
+
+    make prep DATASET=stdlib
+    python benchmarks/checkpoint.py            prints JSON lines and a table
+
+The Llama of llama_170m.json, with the vocabulary of the demo's data, is trained for 9 steps with a save after every
+third, in turns with `run.save_in_background` true and false. What is reported is what the run itself logs: the seconds
+for which training waited, and those until the checkpoint was complete (written, flushed, hashed, renamed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SAVED = re.compile(r"saved checkpoint-(\d+): (.+) in ([\d.]+) s, training waited ([\d.]+) s")
+OVERRIDES = ["data.tokens=9216", "data.validation=[]", "run.samples.prompts=[]", "run.preflight=false"]
+OVERRIDES += ["training.save_steps=3", "training.logging_steps=1"]
+
+
+def main() -> None:
+    """Train in turns, print the medians."""
+    parser = argparse.ArgumentParser(description="Time that a save takes from training, in the background and not.")
+    parser.add_argument("--repeat", type=int, default=3, help="pairs of runs; default: 3")
+    parser.add_argument("--config", default="model_configs/llama_170m.json", help="default: llama_170m.json")
+    arguments = parser.parse_args()
+    found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    size = ""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config.json")
+        config.write_text(json.dumps({**json.loads((ROOT / arguments.config).read_text()), "vocab_size": 4096}))
+        for number in range(arguments.repeat):
+            for mode in ("true", "false"):
+                for step, size, all_s, waited_s in _train(Path(folder), config, mode, f"{mode}-{number}"):  # noqa: B007
+                    found.setdefault((mode, step == 3), []).append((all_s, waited_s))
+                    record = {"save_in_background": mode == "true", "repetition": number, "step": step}
+                    print(json.dumps({**record, "all_s": all_s, "waited_s": waited_s}), flush=True)
+    print(f"\na checkpoint has {size}; medians of {arguments.repeat} runs, in seconds\n")
+    print("| run.save_in_background | save | training waited | until it was complete |\n|---|---|---|---|")
+    for (mode, is_first), values in found.items():
+        all_s, waited_s = (statistics.median(column) for column in zip(*values, strict=True))
+        print(f"| {mode} | {'the first' if is_first else 'later ones'} | {waited_s:.2f} | {all_s:.2f} |")
+
+
+def _train(folder: Path, config: Path, mode: str, name: str) -> list[tuple[int, str, float, float]]:
+    """One run; (step, size, seconds until complete, seconds waited) of each save."""
+    command = [sys.executable, ROOT / "run_clm.py", "recipes/demo.yaml", f"model.config={config}", *OVERRIDES]
+    command += [f"run.save_in_background={mode}", f"training.run_name={name}"]
+    env = {**os.environ, "RUNS_DIR": str(folder)}
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return [(int(s), size, float(a), float(w)) for s, size, a, w in SAVED.findall(done.stdout)]
+
+
+if __name__ == "__main__":
+    main()
