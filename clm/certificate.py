@@ -1,7 +1,7 @@
 """The certificate of `verify`: what was compared, what it was, and for which recipe it holds.
 
-In: the checks of clm/verify.py. Out: certificate.json and certificate.txt in the run's folder, and the text that a model
-card embeds, where the certificate is that of the run's own recipe and data.
+In: the checks of clm/verify.py. Out: certificate.json and certificate.txt in the run's folder, and the text that a
+model card embeds, where the certificate is that of the run's own recipe and data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison; `sha256` is of what the uninterrupted run gave, `other_sha256` of the other one, if it differs."""
+    """One comparison; `sha256` is of what the uninterrupted run gave, `other_sha256` of the other, where it differs."""
 
     run: str
     what: str
@@ -156,7 +156,8 @@ def write_certificate(
 def order_sha256(plan: Plan | Replay) -> str:
     """SHA-256 of the blocks of 64 steps of the whole run, spread from the first to the last: the order as it is."""
     steps = sorted({1 + (plan.timeline.num_steps - 1) * i // 63 for i in range(64)})
-    return fingerprint([[part.tolist() for part in plan.order.block_at(plan.timeline.samples_of_step(s))] for s in steps])
+    blocks = [plan.order.block_at(plan.timeline.samples_of_step(step)) for step in steps]
+    return fingerprint([[part.tolist() for part in each] for each in blocks])
 
 
 def describe(certificate: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 PyTorch's DDP adds gradients up bucket by bucket. In the first backward after a start all parameters are in one bucket;
 then it cuts them anew, in the order in which gradients came (torch/nn/parallel/distributed.py, "rebuild_buckets"). With
-more than two processes the place in a bucket decides in which order the terms of a sum are added, so the first step after
-a resume would be rounded otherwise than in the uninterrupted run. One forward and backward whose gradients are thrown
-away, at every start, and all steps have the same buckets.
+more than two processes the place in a bucket decides in which order the terms of a sum are added, so the first step
+after a resume would be rounded otherwise than in the uninterrupted run. One forward and backward whose gradients are
+thrown away, at every start, and all steps have the same buckets.
 """
 
 from __future__ import annotations

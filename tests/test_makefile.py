@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = {"help", "install", "demo", "test", "lint", "datasets", "prep", "inspect", "check"}
-VERBS |= {"train", "sample", "explain", "export", "push"}
+VERBS |= {"train", "extend", "anneal", "sample", "explain", "verify", "export", "push"}
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -68,6 +68,12 @@ def test_make_alone_shows_every_verb():
             ["explain", "RUN=demo", 'GREP=say "$HOME"'],
             ['.venv/bin/python -m clm explain "demo" --grep="$CLM_GREP"'],
         ),
+        (["verify", "RECIPE=r.yaml", "ARGS=--kills 9"], ['.venv/bin/python -m clm verify "r.yaml" --kills 9']),
+        (["extend", "RUN=demo", "TOKENS=2M"], ['.venv/bin/python -m clm extend "demo" --tokens "2M"']),
+        (
+            ["anneal", "FROM=runs/x/checkpoint-9", "TOKENS=1M", "DATA=hq"],
+            ['.venv/bin/python -m clm anneal "runs/x/checkpoint-9" --tokens "1M" --data "hq"'],
+        ),
         (["datasets"], [".venv/bin/python -m data_prep datasets"]),
     ],
 )
@@ -93,6 +99,7 @@ def test_demo_prepares_trains_and_proves():
 @pytest.mark.parametrize(
     ("verb", "name"),
     [("prep", "DATASET"), ("inspect", "DATASET"), ("check", "DATASET"), ("train", "RECIPE")]
+    + [("verify", "RECIPE"), ("extend", "RUN"), ("anneal", "FROM")]
     + [(verb, "RUN") for verb in ("sample", "explain", "export", "push")],
 )
 def test_a_missing_name_is_one_sentence_with_an_example(verb, name):

@@ -147,6 +147,10 @@ def check_train(here: Here, command: str) -> None:
     assert "make prep RECIPE=recipes/continue_base.yaml" in here.make_fails(command)
 
 
+def check_verify(here: Here, command: str) -> None:  # itself: tests/verify/test_verify.py
+    assert "make prep DATASET=stdlib" in here.make_fails(command)
+
+
 def check_push(here: Here, command: str) -> None:  # the upload itself: tests/clm/test_push.py
     assert "this run does not exist" in here.make_fails(command)
 
@@ -168,6 +172,7 @@ CHECKS: dict[str, Callable[[Here, str], None]] = {
     OWN_TEXT: check_own_text,
     "make prep RECIPE=recipes/continue_base.yaml": check_prep_recipe,
     "make train RECIPE=recipes/continue_base.yaml": check_train,
+    "make verify RECIPE=recipes/demo.yaml": check_verify,
     "make push RUN=continue_base 'ARGS=--repo-id user/name --private'": check_push,
 }
 

@@ -1,6 +1,6 @@
 """SIGKILL at random moments: nothing incomplete is ever picked, nothing complete is lost, the end is the same.
 
-    KILL_SEED=7 KILLS=100 pytest -m slow tests/kill/test_random_kills.py
+    KILL_SEED=7 KILLS=20 pytest -m slow tests/kill/test_random_kills.py
 
 Half of the kills come after a random time, half at a random file operation, which is where the fragile moments are:
 during saves, rotation, and the writing of logs and of final/.
@@ -19,7 +19,7 @@ from .lab import Fault, Lab, assert_same_run, last_step, leftovers, resumable_st
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("faults"), pytest.mark.timeout(1500)]
 
-NUM_KILLS = int(os.environ.get("KILLS", "20"))
+NUM_KILLS = int(os.environ.get("KILLS", "100"))
 SEED = int(os.environ.get("KILL_SEED", time.time_ns() % 1_000_000))
 NUM_STEPS, SAVE_STEPS = 24, 2
 LONG = (f"data.tokens={NUM_STEPS * 512}", f"training.save_steps={SAVE_STEPS}")

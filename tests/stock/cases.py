@@ -20,7 +20,7 @@ from .programs import Program, last_line
 
 
 class Case(NamedTuple):
-    """One row of the table; `stock` says how the plain Trainer fails, or is empty where it passes."""
+    """One row of the table; `stock` says how the plain Trainer fails, or is empty where it does as we do."""
 
     name: str
     what: str

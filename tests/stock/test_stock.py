@@ -21,6 +21,12 @@ def expect(case: Case) -> pytest.param:
     return pytest.param(case, id=case.name, marks=marks if case.stock else [])
 
 
+def test_the_table_of_the_docs_is_that_of_the_cases():
+    text = (ROOT / "docs" / "resume.md").read_text(encoding="utf-8")
+    rows = [line for line in text[text.index("| fault | plain") :].splitlines()[2:] if line.startswith("|")]
+    assert rows[: len(CASES)] == [f"| {case.what} | {case.stock or case.ours} | {case.ours} |" for case in CASES]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [expect(case) for case in CASES])
 def test_the_plain_trainer(case, fork_server, tmp_path, prepared, request):

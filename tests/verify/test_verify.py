@@ -1,4 +1,4 @@
-"""`verify` by the command a user types: certificates of shipped recipes, what is in the card, what a difference looks like."""
+"""`verify` by the command a user types: certificates of shipped recipes, the card, what a difference looks like."""
 
 from __future__ import annotations
 
