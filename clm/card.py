@@ -276,8 +276,8 @@ def _lineage(run: Path) -> str:
     for event in read_events(run):
         if event["event"] == "forked":
             lines.append(
-                f"Forked from step {event['step']:,} of {Path(event['from']).name} ({event['tokens']:,} tokens; weights "
-                f"of SHA-256 `{event['weights_sha256'][:16]}`)."
+                f"Forked from step {event['step']:,} of {Path(event['from']).name} ({event['tokens']:,} tokens; its "
+                f"weights have SHA-256 `{event['weights_sha256'][:16]}`)."
             )
         elif event["event"] == "extended":
             lines.append(
