@@ -32,6 +32,8 @@ def describe_plan(plan: Plan) -> str:
         f"precision    {plan.precision}: {plan.precision_reason}",
         f"attention    {plan.attention}: {plan.attention_reason}",
     ]
+    if data.document_mask:
+        lines.append("documents    masked: no attention across them, positions restart, no target after an end")
     if not data.stages:
         stage = timeline.stages[0]
         asked = f"ceil({data.tokens:,} tokens / {stage.tokens_per_step:,}) = " if data.tokens is not None else ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ class Lab:
 
     def __init__(self, server: ForkServer, folder: Path):
         self.server, self.folder, self.runs = server, folder, folder / "runs"
+        self.runs.mkdir(parents=True, exist_ok=True)
         self.num_starts = 0
         self.kills: list[dict[str, Any]] = []
 
@@ -127,36 +129,22 @@ def verify_recipe(
         UserError: the recipe has a mistake, its data is not prepared, or the copy cannot be trained here.
     """
     seed = time.time_ns() % 1_000_000 if seed is None else seed
-    rng = random.Random(seed)
-    recipe = load_recipe(path, list(overrides))
     original = load_recipe(path, list(overrides))
-    whole = plan_whole(recipe)
+    whole = plan_whole(load_recipe(path, list(overrides)))
     run_folder = whole.run_folder
-    folder = run_folder / "verify"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "runs").mkdir(parents=True)
-    copies = write_copies(whole, folder, num_steps, num_processes)
-    plans = {name: load_copy(copies[name in ("straight", "killed")], name) for name in _RUNS}
-    plan = plans["straight"]
-    first, spread, single = Layout(1, 2, 0), Layout(num_processes, 1, 2), Layout(1, 1, 0)
-    print(f"verify {path}: a tiny model, {plan.num_steps} steps, {len(plan.timeline.stages)} stages; seed {seed}")
-    started_at = time.monotonic()
-    with ForkServer({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) as server:
-        lab = Lab(server, folder)
-        _say(started_at, "straight: to its end")
-        lab.finish(copies[True], plans["straight"], first)
-        for after in _moments(rng, num_kills, plan.num_steps):
-            lab.kill(copies[True], plans["killed"], first, rng, after)
-        lab.finish(copies[True], plans["killed"], first)
-        _say(started_at, f"killed: {len(lab.kills)} times, and resumed")
-        lab.finish(copies[False], plans["quiet"], first)
-        _say(started_at, "quiet: to its end without dropout")
-        for layout, after in zip((first, spread), _moments(rng, 2, plan.num_steps), strict=True):
-            lab.kill(copies[False], plans["moved"], layout, rng, after)
-        lab.finish(copies[False], plans["moved"], single)
-        _say(started_at, f"moved: {first}; then {spread}; then {single}")
-    checks = compare(lab.runs, plan)
-    certificate = write_certificate(run_folder, original, whole, plan, checks, lab.kills, seed)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="verify-", dir=run_folder))
+    try:
+        copies = write_copies(whole, folder, num_steps, num_processes)
+        plans = {name: load_copy(copies[name in ("straight", "killed")], name) for name in _RUNS}
+        copy = plans["straight"]
+        print(f"verify {path}: a tiny model, {copy.num_steps} steps, {len(copy.timeline.stages)} stages; seed {seed}")
+        kills = _train_all(folder, copies, plans, num_kills, num_processes, random.Random(seed))
+        checks = compare(folder / "runs", copy)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder)
+        raise
+    certificate = write_certificate(run_folder, original, whole, copy, checks, kills, seed)
     print(describe(certificate))
     if not certificate["passed"]:
         print(f"FAILED. The runs and their logs stay in {folder}")
@@ -166,16 +154,46 @@ def verify_recipe(
     return 0
 
 
+def _train_all(
+    folder: Path,
+    copies: dict[bool, Path],
+    plans: dict[str, Plan],
+    num_kills: int,
+    num_processes: int,
+    rng: random.Random,
+) -> list[dict[str, Any]]:
+    """Train the four runs; when and where they were killed."""
+    num_steps, started_at = plans["straight"].num_steps, time.monotonic()
+    first, spread, single = Layout(1, 2, 0), Layout(num_processes, 1, 2), Layout(1, 1, 0)
+
+    def say(text: str) -> None:
+        print(f"  {time.monotonic() - started_at:6.1f} s  {text}", flush=True)
+
+    with ForkServer({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) as server:
+        lab = Lab(server, folder)
+        lab.finish(copies[True], plans["straight"], first)
+        say("straight: trained to its end")
+        for after in _moments(rng, num_kills, num_steps):
+            lab.kill(copies[True], plans["killed"], first, rng, after)
+            say("killed: SIGKILL")
+        lab.finish(copies[True], plans["killed"], first)
+        say("killed: resumed, trained to its end")
+        lab.finish(copies[False], plans["quiet"], first)
+        say("quiet: trained to its end, without dropout")
+        for layout, after in zip((first, spread), _moments(rng, 2, num_steps), strict=True):
+            lab.kill(copies[False], plans["moved"], layout, rng, after)
+            say(f"moved: SIGKILL to {layout}")
+        lab.finish(copies[False], plans["moved"], single)
+        say(f"moved: trained to its end on {single}")
+        return lab.kills
+
+
 _RUNS = ("straight", "killed", "quiet", "moved")
 
 
 def _moments(rng: random.Random, count: int, num_steps: int) -> list[int]:
     """Steps after which to kill, in order; 0 is before the first one is done, the last ones leave time for a kill."""
     return sorted(rng.sample(range(num_steps - 2), min(count, num_steps - 2)))
-
-
-def _say(started_at: float, text: str) -> None:
-    print(f"  {time.monotonic() - started_at:6.1f} s  {text}", flush=True)
 
 
 def compare(runs: Path, plan: Plan) -> list[Check]:

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -75,8 +76,13 @@ RunCli = Callable[..., Result]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("KILL_SEED", str(time.time_ns() % 1_000_000))  # xdist's workers inherit it
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_report_header() -> str:
+    return f"KILL_SEED={os.environ['KILL_SEED']}: of the random moments of kills; set it to repeat them"
 
 
 def run_command(

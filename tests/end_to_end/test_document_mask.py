@@ -36,6 +36,7 @@ def test_a_masked_run_evaluates_on_its_targets_and_reload_computes_the_same_loss
     assert {r["eval_num_tokens"] for r in evaluations[1]} == {num_targets}
     assert num_targets < evaluations[0][0]["eval_num_tokens"]
     assert evaluations[1][0]["eval_loss"] != evaluations[0][0]["eval_loss"]
+    assert capsys.readouterr().out.count("documents    masked: no attention across them") == 1
     assert reload_run(str(run)) == 0
     assert f"({num_targets:,} tokens, fp32)" in capsys.readouterr().out
     assert yaml.safe_load((run / "recipe.yaml").read_text())["data"]["document_mask"] is True

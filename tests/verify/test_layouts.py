@@ -1,6 +1,6 @@
 """The global batch of a step is the same however it is divided, and wherever a run was killed and went on.
 
-    LAYOUT_SEED=7 TRIALS=50 pytest -m slow tests/verify/test_layouts.py
+    KILL_SEED=7 TRIALS=50 pytest -m slow tests/verify/test_layouts.py
 
 A run with a mixture, stages of other row lengths and batches, and a SIGKILL between two layouts drawn at random among
 1, 2 and 4 processes, 1 and 2 blocks a micro-batch (accumulation follows), 0 and 2 DataLoader workers.
@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from .test_verify import CONFIG
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-SEED = int(os.environ.get("LAYOUT_SEED", time.time_ns() % 1_000_000))
+SEED = int(os.environ["KILL_SEED"])  # tests/conftest.py draws one and shows it
 TRIALS = int(os.environ.get("TRIALS", "6"))
 LAYOUTS = [Layout(*each) for each in itertools.product((1, 2, 4), (1, 2), (0, 2))]
 
@@ -90,7 +89,7 @@ def sorted_batches(run: Path) -> dict[int, list[int]]:
 
 
 def test_any_two_layouts_and_any_kill_between_them_give_the_same_batches(lab, tmp_path, prepared, second_dataset):
-    print(f"LAYOUT_SEED={SEED} TRIALS={TRIALS}")
+    print(f"KILL_SEED={SEED} TRIALS={TRIALS}")
     rng = random.Random(SEED)
     recipe = write_recipe(tmp_path, 0.0, prepared.folder, second_dataset)
     straight = load_copy(recipe, "straight")
@@ -120,7 +119,7 @@ def test_any_two_layouts_and_any_kill_between_them_give_the_same_batches(lab, tm
 def test_a_run_killed_and_resumed_in_its_own_layout_has_the_same_weights(
     lab, layout, tmp_path, prepared, second_dataset
 ):
-    print(f"LAYOUT_SEED={SEED}")
+    print(f"KILL_SEED={SEED}")
     rng = random.Random(f"{SEED} {layout}")
     recipe = write_recipe(tmp_path, 0.1, prepared.folder, second_dataset)
     straight, killed = (load_copy(recipe, name) for name in ("straight", "killed"))
