@@ -68,6 +68,7 @@ FREE_TRAINING_KEYS = {
     "log_level",
     "log_level_replica",
     "log_on_each_node",
+    "save_on_each_node",
     "skip_memory_metrics",
     "project",
     "run_name",

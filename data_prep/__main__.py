@@ -98,6 +98,12 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="NAME=CONDITION",
         help="one dataset for each, DIR/NAME, in one pass: 'low=score < 3' 'high=score >= 3'",
     )
+    prep.add_argument(
+        "--encoder",
+        choices=("auto", "hf"),
+        default="auto",
+        help="auto: the fast one where it proves itself, else Hugging Face's; never changes the result (default: auto)",
+    )
     prep.set_defaults(run=_prep)
 
     train = commands.add_parser(

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from data_prep.buckets import bucket_names, column_names, find_bucket, is_there
 from data_prep.encoder import Encoder, add_separators
+from data_prep.fast_encoder import SAMPLED_IN, EncoderMismatchError
 from data_prep.ledger import (
     BAD,
     EMPTY,
@@ -61,6 +62,7 @@ class Job:
     threshold: int  # a document whose hash lies below goes to validation
     reading: Reading
     is_bad_skipped: bool
+    is_fast: bool  # the fast encoder, with a document in SAMPLED_IN compared; else the reference
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
         report: Called after each batch with the bytes of text and the tokens since the last call.
     """
     schema = pa.schema([*ROW_COLUMNS, *((name, pa.type_for_alias(kind)) for name, kind in job.reading.keep_columns)])
-    encoder = _load_encoder(job.tokenizer_folder, job.tokenizer)
+    encoder = _load_encoder(job.tokenizer_folder, job.tokenizer, job.is_fast)
     buckets = job.reading.buckets
     counts = [Counts() for _ in bucket_names(buckets)]
     num_records, problem = 0, None
@@ -200,19 +202,22 @@ def _encode_batch(records: list[Record], job: Job, encoder: Encoder) -> tuple[di
     bucket = np.zeros(num, dtype=np.uint16)
     if job.reading.buckets:
         _sort_into_buckets(records, job.reading, is_kept, status, bucket)
+    hashes = np.array([text_hash(data[i]) for i in np.flatnonzero(is_kept)], dtype=np.uint64)
     if job.unit.split == "validation":
         status[is_kept] = VALIDATION
     else:
-        is_held_out = np.array([is_kept[i] and text_hash(data[i]) < job.threshold for i in range(num)], dtype=bool)
-        status[is_kept] = np.where(is_held_out[is_kept], VALIDATION, TRAIN)
+        status[is_kept] = np.where(hashes < np.uint64(job.threshold), VALIDATION, TRAIN)
     num_tokens = np.zeros(num, dtype=np.uint32)
     runs = [np.empty(0, dtype=np.uint32)] * (len(SPLITS) * len(bucket_names(job.reading.buckets)))
     if is_kept.any():
-        ids, lengths = encoder.encode([records[i].text for i in np.flatnonzero(is_kept)])
+        kept = [records[i] for i in np.flatnonzero(is_kept)]
+        ids, lengths = encoder.encode([record.text for record in kept])
+        if job.is_fast:
+            _compare_some(kept, np.flatnonzero(hashes % SAMPLED_IN == 0), ids, lengths, encoder)
         ids, lengths = add_separators(ids, lengths, job.tokenizer)
         num_tokens[is_kept] = lengths
-        run = np.repeat(bucket[is_kept] * len(SPLITS) + (status[is_kept] == VALIDATION), lengths)
-        runs = [ids[run == number] for number in range(len(runs))]
+        run = bucket[is_kept].astype(np.int64) * len(SPLITS) + (status[is_kept] == VALIDATION)
+        runs = _sort_into_runs(ids, lengths, run, len(runs))
     rows = {
         "file": np.array([record.file for record in records], dtype=np.uint32),
         "record": np.array([record.number for record in records], dtype=np.uint64),
@@ -223,6 +228,35 @@ def _encode_batch(records: list[Record], job: Job, encoder: Encoder) -> tuple[di
         "num_characters": np.array([len(record.text or "") for record in records], dtype=np.uint32),
     }
     return rows, runs
+
+
+def _sort_into_runs(ids: np.ndarray, lengths: np.ndarray, run: np.ndarray, num_runs: int) -> list[np.ndarray]:
+    """The ids of each run, documents in order; `run` is the number of each document's."""
+    if (run == run[0]).all():
+        return [ids if number == run[0] else ids[:0] for number in range(num_runs)]
+    borders = np.flatnonzero(np.diff(run)) + 1  # documents in a row of one run are copied at once
+    ends = np.cumsum(lengths)
+    pieces = np.split(ids, ends[borders - 1])
+    of_piece = run[np.concatenate([[0], borders])]
+    return [
+        np.concatenate([ids[:0], *(piece for piece, n in zip(pieces, of_piece, strict=True) if n == number)])
+        for number in range(num_runs)
+    ]
+
+
+def _compare_some(records: list[Record], some: np.ndarray, ids: np.ndarray, lengths: np.ndarray, encoder: Encoder):
+    """Encode these of the records by the reference too.
+
+    Raises:
+        EncoderMismatchError: with the first that differs.
+    """
+    ends = np.cumsum(lengths)
+    for i in some:
+        exact, _ = encoder.reference.encode([records[i].text])
+        ours = ids[ends[i] - lengths[i] : ends[i]]
+        if not np.array_equal(ours, exact):
+            record = {"file": records[i].file, "record": records[i].number, "text": records[i].text}
+            raise EncoderMismatchError({**record, "ids": ours.tolist(), "reference_ids": exact.tolist()})
 
 
 def _sort_into_buckets(
@@ -242,5 +276,5 @@ def _sort_into_buckets(
 
 
 @lru_cache(maxsize=1)
-def _load_encoder(folder: Path, info: TokenizerInfo) -> Encoder:
-    return Encoder(folder, info)
+def _load_encoder(folder: Path, info: TokenizerInfo, is_fast: bool) -> Encoder:
+    return Encoder(folder, info, is_fast)

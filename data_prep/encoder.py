@@ -5,34 +5,57 @@ In: a batch of documents. Out: their ids as one array, each document's length in
 makes 0 7 8 1 0 1 of it.
 """
 
-import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 
+from data_prep.fast_encoder import FastEncoder
 from data_prep.manifest import TokenizerInfo
 
 
-def encoder_name() -> str:
-    """What encodes, with its version: part of the manifest."""
+@dataclass(frozen=True)
+class EncoderChoice:
+    """Which encoder a preparation uses; `why` says why it is the reference, `proof` what the fast one has shown."""
+
+    name: str
+    is_fast: bool
+    why: str = ""
+    proof: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def for_manifest(self) -> dict[str, Any]:
+        """What a reader of the dataset can know about it."""
+        return {key: value for key, value in asdict(self).items() if value not in ("", {}) and key != "is_fast"}
+
+
+def reference_name() -> str:
+    """The reference with its version."""
     return f"tokenizers {version('tokenizers')}"
 
 
-class Encoder:
-    """A tokenizer whose control tokens cannot come out of text.
+def load_tokenizer_json(folder: Path, info: TokenizerInfo) -> dict[str, Any]:
+    """tokenizer.json, in which every control token is marked special."""
+    raw = orjson.loads((folder / "tokenizer.json").read_bytes())
+    control = {info.bos_token_id, info.eos_token_id, info.pad_token_id, info.unk_token_id}
+    for token in raw["added_tokens"]:
+        token["special"] |= token["id"] in control
+    return raw
+
+
+class ReferenceEncoder:
+    """The `tokenizers` library with a tokenizer whose control tokens cannot come out of text.
 
     `[EOT]` in a document stays the characters that it is.
     """
 
-    def __init__(self, folder: Path, info: TokenizerInfo):
+    def __init__(self, raw: dict[str, Any]):
         from tokenizers import Tokenizer
 
-        raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        control = {info.bos_token_id, info.eos_token_id, info.pad_token_id, info.unk_token_id}
-        for token in raw["added_tokens"]:
-            token["special"] |= token["id"] in control  # encode_special_tokens only knows the ones marked special
-        self._tokenizer = Tokenizer.from_str(json.dumps(raw))
+        self._tokenizer = Tokenizer.from_buffer(orjson.dumps(raw))
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -42,6 +65,24 @@ class Encoder:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
+
+
+class Encoder:
+    """The encoder that was chosen, and the reference beside it."""
+
+    def __init__(self, folder: Path, info: TokenizerInfo, is_fast: bool):
+        self._raw = load_tokenizer_json(folder, info)
+        self.is_fast = is_fast
+        self._fast = FastEncoder(self._raw) if is_fast else None
+
+    @cached_property
+    def reference(self) -> ReferenceEncoder:
+        """What the ids have to be; loaded when it is first needed."""
+        return ReferenceEncoder(self._raw)
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after the other (uint32), and the number of ids of each text (int64)."""
+        return (self._fast or self.reference).encode(texts)
 
 
 def add_separators(ids: np.ndarray, lengths: np.ndarray, info: TokenizerInfo) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from data_prep.encode import Job
-from data_prep.encoder import encoder_name
+from data_prep.encoder import EncoderChoice
 from data_prep.hub import download_file
 from data_prep.manifest import TokenizerInfo, token_dtype
 from data_prep.plan import Plan
@@ -28,7 +28,9 @@ def make_stream(plan: Plan, files: list[tuple[int, SourceFile]]) -> Stream:
     return Stream(plan.sources, files, fetch, plan.keep_columns, plan.max_tokens, plan.max_docs, plan.buckets)
 
 
-def make_jobs(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int) -> Iterator[Job | None]:
+def make_jobs(
+    plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int
+) -> Iterator[Job | None]:
     """The stream's units with all that their results depend on, lazily; None as in `Stream.units`."""
     identities = [file.identity for _, file in stream.files]
     dtype = str(token_dtype(tokenizer.vocab_size))
@@ -42,7 +44,7 @@ def make_jobs(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: i
         unit_threshold = 0 if source.has_official_validation else threshold
         settings = {
             "tokenizer": tokenizer.sha256,
-            "encoder": encoder_name(),
+            "encoder": encoder.name,
             "dtype": dtype,
             "threshold": unit_threshold,
             "is_bad_skipped": is_skipped,
@@ -58,4 +60,5 @@ def make_jobs(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: i
             threshold=unit_threshold,
             reading=reading,
             is_bad_skipped=is_skipped,
+            is_fast=encoder.is_fast,
         )

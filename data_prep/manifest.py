@@ -71,7 +71,7 @@ class Manifest:
     fingerprint: str
     block_size: int
     dtype: str
-    encoder: str
+    encoder: dict[str, Any]  # name, and what it has proved, or why it is the reference
     tokenizer: TokenizerInfo
     validation: dict[str, Any]
     splits: dict[str, SplitInfo]

@@ -17,6 +17,12 @@ def runs_dir() -> Path:
     return Path(os.environ.get("RUNS_DIR") or "runs")
 
 
+def cache_dir() -> Path:
+    """What is only there to save time: $CLM_CACHE_DIR, else the user's cache folder. It may be deleted."""
+    own = os.environ.get("CLM_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clm-recipes"
+
+
 def dataset_folder(name_or_path: str | Path) -> Path:
     """The folder of a prepared dataset: a bare name lies under `data_dir()`, anything with a separator is a path.
 

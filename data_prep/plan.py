@@ -43,6 +43,7 @@ class Options:
     on_bad_record: str | None = None
     split_lines: bool = False
     buckets: Sequence[str] | None = None  # name=condition
+    encoder: str = "auto"  # or hf
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.align import Taken
 from data_prep.buckets import column_names
+from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
+from data_prep.fast_encoder import EncoderMismatchError
 from data_prep.hub import list_hub_files
 from data_prep.jobs import make_jobs, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
@@ -22,6 +25,7 @@ from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_mani
 from data_prep.output import write_dataset, write_whole
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
+from data_prep.proof import choose_encoder, give_up
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import MAX_HASHED_BYTES, SourceFile
 from data_prep.stream import Stream
@@ -54,7 +58,7 @@ def prepare(options: Options) -> dict[str, Manifest]:
         if is_complete(plan):  # another process finished it while we waited for nothing
             return _load_manifests(plan)
         try:
-            return _prepare(plan, options.num_proc)
+            return _prepare(plan, options.num_proc, options.encoder)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise explain_no_room(error, plan.folder) from error
@@ -63,7 +67,7 @@ def prepare(options: Options) -> dict[str, Manifest]:
             _leave_nothing_unfinished(plan)
 
 
-def _prepare(plan: Plan, num_proc: int | None) -> dict[str, Manifest]:
+def _prepare(plan: Plan, num_proc: int | None, encoder_option: str) -> dict[str, Manifest]:
     work = plan.work
     # 2. The files of all sources, those on the Hub pinned to a commit; the share of validation, fixed from their sizes.
     files = _list_all_files(plan, work)
@@ -82,12 +86,20 @@ def _prepare(plan: Plan, num_proc: int | None) -> dict[str, Manifest]:
     # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
     tokenizer = _settle_tokenizer(plan, stream, validation["threshold"], work)
 
-    # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream.
+    # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream. The fast encoder has
+    # to prove itself; when it fails later, the reference does everything again.
+    encoder = choose_encoder(plan, stream, tokenizer, encoder_option)
     state_path = work / ALIGN_STATE
     if state_path.exists():
         state = json.loads(state_path.read_text(encoding="utf-8"))
     else:
-        units = _encode(plan, stream, tokenizer, validation["threshold"], _choose_num_proc(plan, num_proc))
+        workers = _choose_num_proc(plan, num_proc)
+        try:
+            units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
+        except EncoderMismatchError as mismatch:
+            encoder = give_up(plan, tokenizer, encoder_option, mismatch)
+            stream = make_stream(plan, files)
+            units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
         state = {"units": [asdict(unit) for unit in units], "ledgers": _make_ledgers(plan, stream)}
         _check_values(plan, stream)
         _check_length(plan, stream)
@@ -96,7 +108,7 @@ def _prepare(plan: Plan, num_proc: int | None) -> dict[str, Manifest]:
 
     # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
     manifests = {
-        bucket: write_dataset(plan, number, files, taken, state["ledgers"][bucket], tokenizer, validation)
+        bucket: write_dataset(plan, number, files, taken, state["ledgers"][bucket], tokenizer, encoder, validation)
         for number, bucket in enumerate(plan.outputs)
     }
 
@@ -169,6 +181,8 @@ def train_from_sources(
         train_tokenizer(iter_sample(stream, threshold, sample_bytes, progress), vocab_size, out, control)
     finally:
         progress.close()
+    with tempfile.TemporaryDirectory() as folder:  # both ways of loading agree, and prep need not ask again
+        import_tokenizer(str(out), Path(folder) / "tokenizer")
     print(f"{out}: a tokenizer of {vocab_size:,} entries. Use it: python -m data_prep prep ... --tokenizer {out}")
 
 
@@ -198,12 +212,16 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
     return info
 
 
-def _encode(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, threshold: int, num_proc: int) -> list[Taken]:
+def _encode(
+    plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int, num_proc: int
+) -> list[Taken]:
     is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
     progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
     units = []
     try:
-        for job, result in run_jobs(make_jobs(plan, stream, tokenizer, threshold), num_proc, progress.add_text):
+        for job, result in run_jobs(
+            make_jobs(plan, stream, tokenizer, encoder, threshold), num_proc, progress.add_text
+        ):
             progress.add_input(job.unit.num_bytes)
             try:
                 unit = stream.take(job, result)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from data_prep.buckets import Bucket, column_names
 from data_prep.errors import UserError, did_you_mean
 
@@ -222,6 +224,14 @@ def _iter_lines(piece: Piece) -> Iterator[bytes]:
 
 
 def _parse_line(line: bytes) -> tuple[dict, str | None]:
+    try:
+        row = orjson.loads(line)
+    except ValueError:  # NaN, half a surrogate pair, a byte order mark ...: the slow parser judges
+        return _parse_line_slowly(line)
+    return (row, None) if isinstance(row, dict) else _parse_line_slowly(line)
+
+
+def _parse_line_slowly(line: bytes) -> tuple[dict, str | None]:
     text, problem = _decode(line)
     if problem is not None:
         return {}, problem

@@ -4,12 +4,18 @@ In: a Hub id or a folder. Out: the same tokenizer saved as `data/<dataset>/token
 of it.
 """
 
+import hashlib
 import json
+import os
+import shutil
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import UserError
 from data_prep.manifest import TokenizerInfo, sha256_of
+from data_prep.paths import cache_dir
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,12 +39,16 @@ def import_tokenizer(id_or_path: str, folder: Path) -> None:
     Raises:
         UserError: it does not exist, cannot be reached, is gated, or has no fast (tokenizers) form.
     """
+    if Path(id_or_path).is_file():
+        raise UserError(f"--tokenizer is {id_or_path} but that is a file. Give the folder that holds tokenizer.json.")
+    known = _imported_before(Path(id_or_path))
+    if known is not None and known.is_dir():
+        shutil.copytree(known, folder)
+        return
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if Path(id_or_path).is_file():
-        raise UserError(f"--tokenizer is {id_or_path} but that is a file. Give the folder that holds tokenizer.json.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(id_or_path)
     except (
@@ -52,6 +62,27 @@ def import_tokenizer(id_or_path: str, folder: Path) -> None:
         )
     tokenizer.save_pretrained(folder)
     check_both_loaders_agree(folder, id_or_path)
+    if known is not None:
+        _remember(folder, known)
+
+
+def _imported_before(source: Path) -> Path | None:
+    """Where a local folder's tokenizer lies as it was saved when it was last imported: without transformers, whose
+    import takes longer than the preparation of 50 MB. None for one that does not lie here."""
+    if not (source / "tokenizer.json").is_file():
+        return None
+    digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
+    for path in sorted(path for path in source.iterdir() if path.is_file() and path.suffix in (".json", ".jinja")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return cache_dir() / "tokenizers" / digest.hexdigest()[:32]
+
+
+def _remember(folder: Path, known: Path) -> None:
+    with suppress(OSError):  # then the next import takes its seconds
+        temporary = known.with_name(f"{known.name}.{os.getpid()}")
+        known.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, temporary)
+        os.rename(temporary, known)
 
 
 def check_both_loaders_agree(folder: Path, name: str) -> None:

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 
 from data_prep.encode import Job, UnitResult, encode_unit, load_result
 from data_prep.errors import UserError
+from data_prep.fast_encoder import EncoderMismatchError
 
 # What "no room" looks like: a full disk, a full quota, a limit on file size.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -159,6 +160,8 @@ class _Pool:
                 raise explain_no_room(value, self.jobs[worker.index].work.parent) from value
             elif kind == "user error":
                 raise UserError(value)
+            elif kind == "mismatch":
+                raise EncoderMismatchError(value)
             elif kind == "crash":
                 raise RuntimeError(f"{worker.process.name} failed:\n{value}")
             else:
@@ -201,6 +204,8 @@ def _answer(job: Job, pipe: Connection) -> tuple[str, object]:
         raise
     except UserError as error:
         return "user error", str(error)
+    except EncoderMismatchError as error:
+        return "mismatch", error.evidence
     except OSError as error:
         if error.errno in NO_ROOM:
             return "no room", error

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +78,9 @@ RunCli = Callable[..., Result]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "CLM_CACHE_DIR" not in os.environ:  # xdist's workers share the session's
+        os.environ["CLM_CACHE_DIR"] = tempfile.mkdtemp(prefix="clm-cache-")
+        config.add_cleanup(lambda folder=os.environ["CLM_CACHE_DIR"]: shutil.rmtree(folder, ignore_errors=True))
     os.environ.setdefault("KILL_SEED", str(time.time_ns() % 1_000_000))  # xdist's workers inherit it
     if config.option.markexpr.strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -221,6 +221,7 @@ def test_no_room_is_recognised_by_its_number(tmp_path, corpus, small_tokenizer, 
 
 
 def _jobs(corpus: Path, tokenizer: Path, work: Path) -> list:
+    from data_prep.encoder import EncoderChoice, reference_name
     from data_prep.jobs import make_jobs, make_stream
     from data_prep.plan import Options, make_plan
     from data_prep.tokenizer_folder import describe_tokenizer
@@ -229,4 +230,5 @@ def _jobs(corpus: Path, tokenizer: Path, work: Path) -> list:
     shutil.copytree(tokenizer, work.parent / "tokenizer")
     (work.parent / ".work").mkdir()
     files = [(0, file) for file in plan.local_files[0]]
-    return list(make_jobs(plan, make_stream(plan, files), describe_tokenizer(tokenizer, None), 0))
+    choice = EncoderChoice(reference_name(), False)
+    return list(make_jobs(plan, make_stream(plan, files), describe_tokenizer(tokenizer, None), choice, 0))

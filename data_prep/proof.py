@@ -1,0 +1,195 @@
+"""Which encoder a preparation uses: the fast one where it has proved itself on this tokenizer and this corpus.
+
+In: the stream and the tokenizer of a preparation. Out: an `EncoderChoice`, noted in the working folder, so that a
+continued preparation goes on with it. The gates are those of data_prep/fast_encoder.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.encoder import EncoderChoice, ReferenceEncoder, load_tokenizer_json, reference_name
+from data_prep.fast_encoder import (
+    SAMPLED_IN,
+    EncoderMismatchError,
+    FastEncoder,
+    fast_name,
+    hostile_texts,
+    structure_problem,
+)
+from data_prep.manifest import TokenizerInfo
+from data_prep.output import write_whole
+from data_prep.paths import cache_dir
+from data_prep.plan import Plan
+from data_prep.readers import read_records
+from data_prep.stream import Stream
+from data_prep.units import Unit
+
+CHOICES = ("auto", "hf")
+CHOICE = "encoder.json"  # in the working folder
+EVIDENCE = "encoder_mismatch.json"  # in the dataset's folder
+PROVEN_IDS = 1_000_000
+_SPREAD = 16  # the ids are of so many units, spread over the corpus
+_BATCH_CHARACTERS = 50_000
+
+
+def choose_encoder(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
+    """Settle which encoder this preparation uses, and say so where it is not the fast one.
+
+    Args:
+        option: auto, or hf for the reference.
+    """
+    path = plan.work / CHOICE
+    key = [tokenizer.sha256, option, fast_name(), reference_name()]
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return EncoderChoice(**known["choice"])
+    choice = _try(plan, stream, tokenizer, option)
+    if choice.why and option == "auto":
+        print(f"encoder: {choice.name}, because {choice.why}.", flush=True)
+    write_whole(path, json.dumps({"key": key, "choice": asdict(choice)}))
+    return choice
+
+
+def give_up(plan: Plan, tokenizer: TokenizerInfo, option: str, mismatch: EncoderMismatchError) -> EncoderChoice:
+    """After a mismatch in the middle: keep the document as evidence, and begin again with the reference."""
+    evidence = plan.folder / EVIDENCE
+    write_whole(evidence, json.dumps(mismatch.evidence, indent=1))
+    for rows in plan.work.glob("*.rows.arrow"):  # of units, none of which is used any more
+        for path in plan.work.glob(f"{rows.name.partition('.')[0]}.*"):
+            path.unlink()
+    why = f"{fast_name()} gave other ids than {reference_name()} for a document, which is in {evidence}"
+    print(f"encoder: {why}. Everything is done again with {reference_name()}.", flush=True)
+    choice = EncoderChoice(reference_name(), False, why)
+    key = [tokenizer.sha256, option, fast_name(), reference_name()]
+    write_whole(plan.work / CHOICE, json.dumps({"key": key, "choice": asdict(choice)}))
+    return choice
+
+
+def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
+    reference = EncoderChoice(reference_name(), False)
+    if option == "hf":
+        return EncoderChoice(reference.name, False, "--encoder is hf")
+    name = fast_name()
+    if name is None:
+        return EncoderChoice(reference.name, False, "gigatoken is not installed")
+    raw = load_tokenizer_json(plan.tokenizer_folder, tokenizer)
+    problem = structure_problem(raw)
+    if problem is not None:
+        return EncoderChoice(reference.name, False, f"{name} is not proven for this tokenizer: {problem}")
+    try:
+        fast = FastEncoder(raw)
+    except Exception as error:  # whatever a foreign library raises: the reference works
+        return EncoderChoice(reference.name, False, f"{name} cannot load this tokenizer ({error})")
+    proof = _prove(plan, stream, tokenizer, raw, fast, name)
+    if "mismatch" in proof:
+        return EncoderChoice(reference.name, False, f"{name} gives other ids {proof['mismatch']}")
+    return EncoderChoice(name, True, "", {**proof, "compared_with": reference.name, "sampled_in": SAMPLED_IN})
+
+
+def _prove(
+    plan: Plan, stream: Stream, tokenizer: TokenizerInfo, raw: dict[str, Any], fast: FastEncoder, name: str
+) -> dict[str, Any]:
+    """Gate 2: what was compared, or {"mismatch": where}."""
+    os.environ.pop("TOKENIZERS_PARALLELISM", None)  # this process forks nobody
+    exact = ReferenceEncoder(raw)
+    if not _is_hostile_set_known(tokenizer.sha256, name):
+        texts = hostile_texts([token["content"] for token in raw["added_tokens"]])
+        wrong = first_difference(texts, fast, exact)
+        if wrong is not None:
+            return {"mismatch": f"for the text {texts[wrong][:60]!r}"}
+        _remember_hostile_set(tokenizer.sha256, name)
+    num_ids = num_documents = 0
+    units = _spread_units(stream)
+    for unit in units:
+        texts, count = _first_texts(stream, unit, fast, PROVEN_IDS // len(units) + 1)
+        wrong = first_difference(texts, fast, exact)
+        if wrong is not None:
+            return {"mismatch": f"for a document of this corpus that begins {texts[wrong][:60]!r}"}
+        num_documents += len(texts)
+        num_ids += count
+    return {"num_ids_compared": num_ids, "num_documents_compared": num_documents}
+
+
+def first_difference(texts: list[str], fast: FastEncoder, exact: ReferenceEncoder) -> int | None:
+    """The first text that the two encode differently."""
+    if not texts:
+        return None
+    ids, lengths = fast.encode(texts)
+    exact_ids, exact_lengths = exact.encode(texts)
+    if np.array_equal(lengths, exact_lengths) and np.array_equal(ids, exact_ids):
+        return None
+    ends, exact_ends = np.cumsum(lengths), np.cumsum(exact_lengths)
+    for i, (end, exact_end) in enumerate(zip(ends, exact_ends, strict=True)):
+        ours = ids[end - lengths[i] : end]
+        if not np.array_equal(ours, exact_ids[exact_end - exact_lengths[i] : exact_end]):
+            return i
+    raise AssertionError("different, but in no text")
+
+
+def _first_texts(stream: Stream, unit: Unit, fast: FastEncoder, num_ids: int) -> tuple[list[str], int]:
+    """The first documents of a unit that have so many ids together, or all; and the number of their ids."""
+    texts: list[str] = []
+    waiting: list[str] = []
+    count = size = 0
+    for record in read_records(unit.pieces, stream.reading(unit.source)):
+        if not record.text:
+            continue
+        waiting.append(record.text)
+        size += len(record.text)
+        if size >= _BATCH_CHARACTERS:
+            count += int(fast.encode(waiting)[1].sum())
+            texts, waiting, size = texts + waiting, [], 0
+            if count >= num_ids:
+                break
+    if waiting:
+        count += int(fast.encode(waiting)[1].sum())
+    return texts + waiting, count
+
+
+def _spread_units(stream: Stream) -> list[Unit]:
+    """Units of every source that lies here, evenly spread; of one on the Hub those of its first file."""
+    found = []
+    for number, source in enumerate(stream.sources):
+        units = stream.train_units(number)
+        if source.entry.path is None:
+            found += [unit for unit in [next(units, None)] if unit is not None]
+            continue
+        here = list(units)
+        count = max(1, _SPREAD // len(stream.sources))
+        found += [here[i] for i in sorted({len(here) * k // count for k in range(count)}) if i < len(here)]
+    return found
+
+
+def _proofs_path() -> Path:
+    return cache_dir() / "encoder_proofs.json"
+
+
+def _is_hostile_set_known(tokenizer_sha256: str, name: str) -> bool:
+    try:
+        return _proof_key(tokenizer_sha256, name) in json.loads(_proofs_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _remember_hostile_set(tokenizer_sha256: str, name: str) -> None:
+    known = []
+    with suppress(OSError, ValueError):
+        known = json.loads(_proofs_path().read_text(encoding="utf-8"))
+    with suppress(OSError):  # the next preparation proves it again
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        write_whole(_proofs_path(), json.dumps([*known, _proof_key(tokenizer_sha256, name)]))
+
+
+def _proof_key(tokenizer_sha256: str, name: str) -> str:
+    source = Path(__file__).with_name("fast_encoder.py").read_bytes()  # the hostile set itself
+    return hashlib.sha256(f"{tokenizer_sha256} {name} {reference_name()}".encode() + source).hexdigest()
