@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_prep.arrays import from_numpy, in_one, to_numpy
 from data_prep.documents import ROWS_PER_BATCH, map_path, map_schema
 from data_prep.encode import rows_path, run_name, run_path
 from data_prep.ledger import TRAIN, VALIDATION
@@ -77,21 +78,19 @@ def write_document_map(
         first_token = 0
         for unit in units:
             rows = read_rows(work, unit.key).slice(0, unit.num_rows)
-            is_in_split = rows["status"].to_numpy() == (TRAIN if split == "train" else VALIDATION)
-            here = rows.filter(pa.array(is_in_split & (rows["bucket"].to_numpy() == bucket)))
-            num_tokens = here["num_tokens"].to_numpy().astype(np.uint64)
+            is_in_split = to_numpy(rows["status"]) == (TRAIN if split == "train" else VALIDATION)
+            here = rows.filter(from_numpy(is_in_split & (to_numpy(rows["bucket"]) == bucket)))
+            num_tokens = to_numpy(here["num_tokens"]).astype(np.uint64)
             ends = first_token + np.cumsum(num_tokens, dtype=np.uint64)
             columns = {
-                "first_token": pa.array(ends - num_tokens),
-                "source": here["file"].combine_chunks(),
-                "record": pa.array(here["record"].to_numpy() + np.uint64(unit.first_record)),
-                "num_bytes": here["num_bytes"].combine_chunks(),
+                "first_token": from_numpy(ends - num_tokens),
+                "source": in_one(here["file"]),
+                "record": from_numpy(to_numpy(here["record"]) + np.uint64(unit.first_record)),
+                "num_bytes": in_one(here["num_bytes"]),
             }
             for name, kind in keep_columns.items():
                 is_there = name in here.column_names
-                columns[name] = (
-                    here[name].combine_chunks() if is_there else pa.nulls(len(here), pa.type_for_alias(kind))
-                )
+                columns[name] = in_one(here[name]) if is_there else pa.nulls(len(here), pa.type_for_alias(kind))
             waiting += pa.table(columns, schema=schema).to_batches()
             first_token = int(ends[-1]) if len(ends) else first_token
             if sum(len(batch) for batch in waiting) >= ROWS_PER_BATCH:
@@ -140,7 +139,7 @@ def _read_range(
 
 def _write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
     schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(tokens.dtype), block_size)})
-    blocks = pa.FixedSizeListArray.from_arrays(pa.array(tokens), type=schema.field("input_ids").type)
+    blocks = pa.FixedSizeListArray.from_arrays(from_numpy(tokens), type=schema.field("input_ids").type)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         writer.write_batch(pa.record_batch([blocks], schema=schema))

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_prep.arrays import from_list, from_numpy
 from data_prep.buckets import bucket_names, column_names, find_bucket, is_there
 from data_prep.encoder import Encoder, add_separators
 from data_prep.fast_encoder import SAMPLED_IN, EncoderMismatchError
@@ -151,11 +152,11 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
                     else ()
                 )
                 kept_arrays = [
-                    pa.array(values, schema.field(len(ROW_COLUMNS) + i).type) for i, values in enumerate(kept)
+                    from_list(values, schema.field(len(ROW_COLUMNS) + i).type) for i, values in enumerate(kept)
                 ]
                 if records:
                     rows_writer.write_batch(
-                        pa.record_batch([*map(pa.array, rows.values()), *kept_arrays], schema=schema)
+                        pa.record_batch([*map(from_numpy, rows.values()), *kept_arrays], schema=schema)
                     )
                     for total, new in zip(counts, count_rows(rows, job.tokenizer.is_bos_written, buckets), strict=True):
                         total.add(new)

@@ -32,7 +32,7 @@ from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
 from data_prep.tokenizer_training import DEFAULT_SAMPLE_BYTES, ControlTokens, iter_sample, train_tokenizer
 from data_prep.units import UNIT_BYTES
-from data_prep.workers import NO_ROOM, explain_no_room, run_jobs
+from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
 
@@ -88,18 +88,19 @@ def _prepare(plan: Plan, num_proc: int | None, encoder_option: str) -> dict[str,
 
     # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream. The fast encoder has
     # to prove itself; when it fails later, the reference does everything again.
-    encoder = choose_encoder(plan, stream, tokenizer, encoder_option)
     state_path = work / ALIGN_STATE
     if state_path.exists():
+        encoder = choose_encoder(plan, stream, tokenizer, encoder_option)
         state = json.loads(state_path.read_text(encoding="utf-8"))
     else:
-        workers = _choose_num_proc(plan, num_proc)
-        try:
-            units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
-        except EncoderMismatchError as mismatch:
-            encoder = give_up(plan, tokenizer, encoder_option, mismatch)
-            stream = make_stream(plan, files)
-            units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
+        with Workers(_choose_num_proc(plan, num_proc)) as workers:
+            encoder = choose_encoder(plan, stream, tokenizer, encoder_option)
+            try:
+                units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
+            except EncoderMismatchError as mismatch:
+                encoder = give_up(plan, tokenizer, encoder_option, mismatch)
+                stream = make_stream(plan, files)
+                units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
         state = {"units": [asdict(unit) for unit in units], "ledgers": _make_ledgers(plan, stream)}
         _check_values(plan, stream)
         _check_length(plan, stream)
@@ -213,15 +214,13 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
 
 
 def _encode(
-    plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int, num_proc: int
+    plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int, workers: Workers
 ) -> list[Taken]:
     is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
     progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
     units = []
     try:
-        for job, result in run_jobs(
-            make_jobs(plan, stream, tokenizer, encoder, threshold), num_proc, progress.add_text
-        ):
+        for job, result in workers.run(make_jobs(plan, stream, tokenizer, encoder, threshold), progress.add_text):
             progress.add_input(job.unit.num_bytes)
             try:
                 unit = stream.take(job, result)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_prep.align import Taken, read_rows
+from data_prep.arrays import to_numpy
 from data_prep.buckets import Bucket, bucket_names
 from data_prep.encode import Job, UnitResult, run_name
 from data_prep.errors import UserError
@@ -197,10 +198,10 @@ class Stream:
         if not is_cut_by_docs and not is_cut_by_tokens:
             return result.counts[0].num_read
         rows = read_rows(job.work, job.key)
-        status = rows["status"].to_numpy()
+        status = to_numpy(rows["status"])
         is_kept = (status == TRAIN) | (status == VALIDATION)
         docs = np.cumsum(is_kept)
-        tokens = np.cumsum(np.where(is_kept, rows["num_tokens"].to_numpy(), 0), dtype=np.int64)
+        tokens = np.cumsum(np.where(is_kept, to_numpy(rows["num_tokens"]), 0), dtype=np.int64)
         ends = []  # the row of the last document, which is kept whole
         if is_cut_by_docs:
             ends.append(int(np.searchsorted(docs, docs_left)))
@@ -227,4 +228,4 @@ def _num_tokens(counts: list[Counts], source: Source) -> int:
 
 def _first_rows(rows: object, num_rows: int) -> dict[str, np.ndarray]:
     table = rows.slice(0, num_rows)
-    return {name: table[name].to_numpy() for name in ("status", "bucket", "num_tokens", "num_bytes", "num_characters")}
+    return {name: to_numpy(table[name]) for name in ("status", "bucket", "num_tokens", "num_bytes", "num_characters")}

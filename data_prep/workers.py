@@ -6,6 +6,7 @@ one job at a time through a pipe. One worker means this process.
 """
 
 import errno
+import importlib
 import multiprocessing
 import os
 import signal
@@ -27,22 +28,32 @@ MAX_TRIES = 2
 Report = Callable[[int, int], None]
 
 
-def run_jobs(jobs: Iterator[Job | None], num_proc: int, report: Report) -> Iterator[tuple[Job, UnitResult]]:
-    """Encode all jobs, in order. Units that an earlier attempt finished are not encoded again.
+class Workers:
+    """So many workers; the processes are started at once, so that their imports and ours run side by side."""
 
-    Raises:
-        UserError: no room on the disk, or a worker died twice over one unit. Finished units are kept.
-    """
-    if num_proc == 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        for job in filter(None, jobs):
-            yield job, load_result(job.work, job.key) or _encode_here(job, report)
-        return
-    pool = _Pool(num_proc, report)
-    try:
-        yield from pool.run(jobs)
-    finally:
-        pool.close()
+    def __init__(self, num_proc: int):
+        self.num_proc = num_proc
+        self._pool = _Pool(num_proc) if num_proc > 1 else None
+
+    def run(self, jobs: Iterator[Job | None], report: Report) -> Iterator[tuple[Job, UnitResult]]:
+        """Encode all jobs, in order. Units that an earlier attempt finished are not encoded again.
+
+        Raises:
+            UserError: no room on the disk, or a worker died twice over one unit. Finished units are kept.
+        """
+        if self._pool is None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            for job in filter(None, jobs):
+                yield job, load_result(job.work, job.key) or _encode_here(job, report)
+        else:
+            yield from self._pool.run(jobs, report)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
 
 
 def explain_no_room(error: OSError, folder: object) -> UserError:
@@ -70,15 +81,24 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, num_proc: int, report: Report):
+    def __init__(self, num_proc: int):
         self.context = multiprocessing.get_context("spawn")
-        self.num_proc, self.report = num_proc, report
+        self.num_proc = num_proc
         self.workers: list[_Worker] = []
+        self._begin()
+        for _ in range(num_proc):
+            self._start_worker()
+
+    def _begin(self) -> None:
         self.jobs: dict[int, Job] = {}  # taken from the iterator and not yet handed out
         self.results: dict[int, UnitResult] = {}
         self.tries: dict[int, int] = {}
 
-    def run(self, jobs: Iterator[Job | None]) -> Iterator[tuple[Job, UnitResult]]:
+    def run(self, jobs: Iterator[Job | None], report: Report) -> Iterator[tuple[Job, UnitResult]]:
+        self._begin()
+        self.report = report
+        for worker in [worker for worker in self.workers if worker.index is not None]:
+            self._dismiss(worker)  # it has a job of a run that was given up
         next_in = next_out = 0
         waiting: list[int] = []  # to be encoded
         is_exhausted = is_held = False
@@ -127,8 +147,15 @@ class _Pool:
         for worker in self.workers:
             if worker.index is None:
                 return worker
-        if len(self.workers) == self.num_proc:
-            return None
+        return None if len(self.workers) == self.num_proc else self._start_worker()
+
+    def _dismiss(self, worker: _Worker) -> None:
+        worker.process.terminate()
+        worker.process.join()
+        worker.pipe.close()
+        self.workers.remove(worker)
+
+    def _start_worker(self) -> _Worker:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(
             target=_serve, args=(theirs,), daemon=True, name=f"encoder {len(self.workers) + 1}"
@@ -189,6 +216,9 @@ class _Pool:
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is the parallelism
+    with suppress(ImportError):  # they take a moment, in which the parent is still busy
+        importlib.import_module("tokenizers")
+        importlib.import_module("gigatoken")
     try:
         while True:
             job = pipe.recv()
