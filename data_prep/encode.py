@@ -63,7 +63,8 @@ class Job:
     threshold: int  # a document whose hash lies below goes to validation
     reading: Reading
     is_bad_skipped: bool
-    is_fast: bool  # the fast encoder, with a document in SAMPLED_IN compared; else the reference
+    is_fast: bool  # the fast encoder, else the reference
+    compare_ids: int  # of the fast one's: so many from the unit's beginning are compared, and a document in SAMPLED_IN
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class UnitResult:
     counts: list[Counts]
     problem: tuple[int, int, str] | None
     run_bytes: dict[str, int]
+    num_compared: int  # ids of the fast encoder that the reference confirmed
 
 
 def run_name(bucket: str, split: str) -> str:
@@ -115,7 +117,7 @@ def load_result(work: Path, key: str) -> UnitResult | None:
         for each in raw["counts"]
     ]
     problem = tuple(raw["problem"]) if raw["problem"] else None
-    return UnitResult(raw["key"], raw["num_records"], counts, problem, raw["run_bytes"])
+    return UnitResult(raw["key"], raw["num_records"], counts, problem, raw["run_bytes"], raw["num_compared"])
 
 
 def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
@@ -128,7 +130,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
     encoder = _load_encoder(job.tokenizer_folder, job.tokenizer, job.is_fast)
     buckets = job.reading.buckets
     counts = [Counts() for _ in bucket_names(buckets)]
-    num_records, problem = 0, None
+    num_records, num_compared, problem = 0, 0, None
     names = [run_name(bucket, split) for bucket in bucket_names(buckets) for split in SPLITS]
     temporary = {name: run_path(job.work, f"{job.key}.{os.getpid()}", name) for name in names}
     rows_temporary = rows_path(job.work, f"{job.key}.{os.getpid()}")
@@ -143,7 +145,8 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
                 if bad is not None and not job.is_bad_skipped:
                     problem = (records[bad].file, records[bad].number, records[bad].problem)
                     records = records[:bad]
-                rows, runs = _encode_batch(records, job, encoder)
+                rows, runs, confirmed = _encode_batch(records, job, encoder, job.compare_ids - num_compared)
+                num_compared += confirmed
                 for file, run in zip(run_files, runs, strict=True):
                     file.write(run.astype(job.dtype).data)  # tofile() would hide why a write fails
                 kept = (
@@ -173,7 +176,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
         split.num_tokens = run_bytes[name] // np.dtype(job.dtype).itemsize
         os.replace(path, run_path(job.work, job.key, name))
     os.replace(rows_temporary, rows_path(job.work, job.key))
-    result = UnitResult(job.key, num_records, counts, problem, run_bytes)
+    result = UnitResult(job.key, num_records, counts, problem, run_bytes, num_compared)
     marker = job.work / f"{job.key}.{os.getpid()}.json.tmp"
     marker.write_text(json.dumps(asdict(result)), encoding="utf-8")
     os.replace(marker, job.work / f"{job.key}.json")
@@ -193,8 +196,10 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_batch(records: list[Record], job: Job, encoder: Encoder) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """The table of the records, and the tokens for train and validation (of each bucket)."""
+def _encode_batch(
+    records: list[Record], job: Job, encoder: Encoder, compare_ids: int
+) -> tuple[dict[str, np.ndarray], list[np.ndarray], int]:
+    """The table of the records, the tokens for train and validation (of each bucket), and how many were compared."""
     num = len(records)
     data = [(record.text or "").encode() for record in records]
     is_kept = np.array([record.problem is None and record.text != "" for record in records], dtype=bool)
@@ -209,12 +214,14 @@ def _encode_batch(records: list[Record], job: Job, encoder: Encoder) -> tuple[di
     else:
         status[is_kept] = np.where(hashes < np.uint64(job.threshold), VALIDATION, TRAIN)
     num_tokens = np.zeros(num, dtype=np.uint32)
+    num_compared = 0
     runs = [np.empty(0, dtype=np.uint32)] * (len(SPLITS) * len(bucket_names(job.reading.buckets)))
     if is_kept.any():
         kept = [records[i] for i in np.flatnonzero(is_kept)]
         ids, lengths = encoder.encode([record.text for record in kept])
         if job.is_fast:
-            _compare_some(kept, np.flatnonzero(hashes % SAMPLED_IN == 0), ids, lengths, encoder)
+            is_first = np.cumsum(lengths) - lengths < compare_ids
+            num_compared = _compare(kept, np.flatnonzero(is_first | (hashes % SAMPLED_IN == 0)), ids, lengths, encoder)
         ids, lengths = add_separators(ids, lengths, job.tokenizer)
         num_tokens[is_kept] = lengths
         run = bucket[is_kept].astype(np.int64) * len(SPLITS) + (status[is_kept] == VALIDATION)
@@ -228,7 +235,7 @@ def _encode_batch(records: list[Record], job: Job, encoder: Encoder) -> tuple[di
         "num_bytes": np.array([len(each) for each in data], dtype=np.uint32),
         "num_characters": np.array([len(record.text or "") for record in records], dtype=np.uint32),
     }
-    return rows, runs
+    return rows, runs, num_compared
 
 
 def _sort_into_runs(ids: np.ndarray, lengths: np.ndarray, run: np.ndarray, num_runs: int) -> list[np.ndarray]:
@@ -245,19 +252,22 @@ def _sort_into_runs(ids: np.ndarray, lengths: np.ndarray, run: np.ndarray, num_r
     ]
 
 
-def _compare_some(records: list[Record], some: np.ndarray, ids: np.ndarray, lengths: np.ndarray, encoder: Encoder):
-    """Encode these of the records by the reference too.
+def _compare(records: list[Record], some: np.ndarray, ids: np.ndarray, lengths: np.ndarray, encoder: Encoder) -> int:
+    """Have the reference encode these of the records too; the number of ids that it confirmed.
 
     Raises:
         EncoderMismatchError: with the first that differs.
     """
-    ends = np.cumsum(lengths)
-    for i in some:
-        exact, _ = encoder.reference.encode([records[i].text])
-        ours = ids[ends[i] - lengths[i] : ends[i]]
-        if not np.array_equal(ours, exact):
+    if not some.size:
+        return 0
+    exact, exact_lengths = encoder.reference.encode([records[i].text for i in some])
+    ends, exact_ends = np.cumsum(lengths), np.cumsum(exact_lengths)
+    for i, end, length in zip(some, exact_ends, exact_lengths, strict=True):
+        ours, theirs = ids[ends[i] - lengths[i] : ends[i]], exact[end - length : end]
+        if not np.array_equal(ours, theirs):
             record = {"file": records[i].file, "record": records[i].number, "text": records[i].text}
-            raise EncoderMismatchError({**record, "ids": ours.tolist(), "reference_ids": exact.tolist()})
+            raise EncoderMismatchError({**record, "ids": ours.tolist(), "reference_ids": theirs.tolist()})
+    return int(exact_lengths.sum())
 
 
 def _sort_into_buckets(

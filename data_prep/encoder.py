@@ -5,7 +5,7 @@ In: a batch of documents. Out: their ids as one array, each document's length in
 makes 0 7 8 1 0 1 of it.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +20,21 @@ from data_prep.manifest import TokenizerInfo
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """Which encoder a preparation uses; `why` says why it is the reference, `proof` what the fast one has shown."""
+    """Which encoder a preparation uses; `why` says why it is the reference.
+
+    Of the fast one's ids `compare_ids` from the beginning of each unit are compared with the reference's.
+    """
 
     name: str
     is_fast: bool
     why: str = ""
-    proof: dict[str, Any] = field(default_factory=dict, hash=False)
+    compare_ids: int = 0
 
-    def for_manifest(self) -> dict[str, Any]:
+    def for_manifest(self, num_compared: int) -> dict[str, Any]:
         """What a reader of the dataset can know about it."""
-        return {key: value for key, value in asdict(self).items() if value not in ("", {}) and key != "is_fast"}
+        if not self.is_fast:
+            return {"name": self.name, "why": self.why}
+        return {"name": self.name, "compared_with": reference_name(), "num_ids_compared": num_compared}
 
 
 def reference_name() -> str:

@@ -4,11 +4,12 @@ gigatoken encodes some thirty times as fast as the `tokenizers` library, which s
 ids are is what `tokenizers` says. Three gates:
 
     structure   only kinds of tokenizer.json that were tried against the reference; everything else is the reference's
-    start       a fixed hostile set and a million ids of this very corpus (all of it if smaller) are equal
+    start       a fixed hostile set, and the first ids of every unit of this very corpus, a million together (all of it
+                if smaller), are equal
     sampling    during the preparation one document in 1,000, chosen by its hash, is encoded by both
 
-A mismatch at the start means the reference from the beginning; a later one keeps the document as evidence and does
-everything again with the reference.
+A mismatch in the hostile set means the reference from the beginning; one in the corpus keeps the document as evidence
+and does everything again with the reference. Nothing is complete before all comparisons were equal.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def make_jobs(
         settings = {
             "tokenizer": tokenizer.sha256,
             "encoder": encoder.name,
+            "compare_ids": encoder.compare_ids,
             "dtype": dtype,
             "threshold": unit_threshold,
             "is_bad_skipped": is_skipped,
@@ -61,4 +62,5 @@ def make_jobs(
             reading=reading,
             is_bad_skipped=is_skipped,
             is_fast=encoder.is_fast,
+            compare_ids=encoder.compare_ids,
         )

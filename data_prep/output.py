@@ -11,7 +11,6 @@ from typing import Any
 
 from data_prep.align import Taken, write_document_map, write_split
 from data_prep.documents import files_path
-from data_prep.encoder import EncoderChoice
 from data_prep.ledger import LedgerError, find_imbalances
 from data_prep.manifest import SPLITS, Manifest, SplitInfo, TokenizerInfo, content_fingerprint, token_dtype
 from data_prep.plan import Plan, describe_files
@@ -25,7 +24,7 @@ def write_dataset(
     taken: list[Taken],
     ledger: dict[str, dict[str, Any]],
     tokenizer: TokenizerInfo,
-    encoder: EncoderChoice,
+    encoder: dict[str, Any],
     validation: dict[str, Any],
 ) -> Manifest:
     """Write everything of a dataset but its manifest; what an earlier attempt wrote stays.
@@ -65,7 +64,7 @@ def write_dataset(
         fingerprint=content_fingerprint(tokenizer.sha256, plan.block_size, str(dtype), splits),
         block_size=plan.block_size,
         dtype=str(dtype),
-        encoder=encoder.for_manifest(),
+        encoder=encoder,
         tokenizer=tokenizer,
         validation=validation,
         splits=splits,

@@ -58,7 +58,8 @@ def prepare(options: Options) -> dict[str, Manifest]:
         if is_complete(plan):  # another process finished it while we waited for nothing
             return _load_manifests(plan)
         try:
-            return _prepare(plan, options.num_proc, options.encoder)
+            with Workers(_choose_num_proc(plan, options.num_proc)) as workers:
+                return _prepare(plan, workers, options.encoder)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise explain_no_room(error, plan.folder) from error
@@ -67,7 +68,7 @@ def prepare(options: Options) -> dict[str, Manifest]:
             _leave_nothing_unfinished(plan)
 
 
-def _prepare(plan: Plan, num_proc: int | None, encoder_option: str) -> dict[str, Manifest]:
+def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Manifest]:
     work = plan.work
     # 2. The files of all sources, those on the Hub pinned to a commit; the share of validation, fixed from their sizes.
     files = _list_all_files(plan, work)
@@ -90,18 +91,20 @@ def _prepare(plan: Plan, num_proc: int | None, encoder_option: str) -> dict[str,
     # to prove itself; when it fails later, the reference does everything again.
     state_path = work / ALIGN_STATE
     if state_path.exists():
-        encoder = choose_encoder(plan, stream, tokenizer, encoder_option)
         state = json.loads(state_path.read_text(encoding="utf-8"))
     else:
-        with Workers(_choose_num_proc(plan, num_proc)) as workers:
-            encoder = choose_encoder(plan, stream, tokenizer, encoder_option)
-            try:
-                units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
-            except EncoderMismatchError as mismatch:
-                encoder = give_up(plan, tokenizer, encoder_option, mismatch)
-                stream = make_stream(plan, files)
-                units = _encode(plan, stream, tokenizer, encoder, validation["threshold"], workers)
-        state = {"units": [asdict(unit) for unit in units], "ledgers": _make_ledgers(plan, stream)}
+        choice = choose_encoder(plan, stream, tokenizer, encoder_option)
+        try:
+            units = _encode(plan, stream, tokenizer, choice, validation["threshold"], workers)
+        except EncoderMismatchError as mismatch:
+            choice = give_up(plan, tokenizer, encoder_option, mismatch)
+            stream = make_stream(plan, files)
+            units = _encode(plan, stream, tokenizer, choice, validation["threshold"], workers)
+        state = {
+            "units": [asdict(unit) for unit in units],
+            "ledgers": _make_ledgers(plan, stream),
+            "encoder": choice.for_manifest(stream.num_compared),
+        }
         _check_values(plan, stream)
         _check_length(plan, stream)
         write_whole(state_path, json.dumps(state))
@@ -109,7 +112,9 @@ def _prepare(plan: Plan, num_proc: int | None, encoder_option: str) -> dict[str,
 
     # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
     manifests = {
-        bucket: write_dataset(plan, number, files, taken, state["ledgers"][bucket], tokenizer, encoder, validation)
+        bucket: write_dataset(
+            plan, number, files, taken, state["ledgers"][bucket], tokenizer, state["encoder"], validation
+        )
         for number, bucket in enumerate(plan.outputs)
     }
 

@@ -39,6 +39,7 @@ class Stream:
     num_units_used: dict[int, int] = field(default_factory=dict)
     beyond_cap: dict[int, int] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)  # sources whose train documents are enough
+    num_compared: int = 0  # ids of the fast encoder that the reference confirmed
     _line: int = 0  # records of the current file in front of the current unit
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class Stream:
         first_record, self._line = self._line, self._line + result.num_records
         if unit.split == "train" and number in self.finished:
             return None
+        self.num_compared += result.num_compared
         counts = result.counts
         num_rows = num_read = counts[0].num_read
         if unit.split == "train":

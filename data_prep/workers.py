@@ -95,10 +95,11 @@ class _Pool:
         self.tries: dict[int, int] = {}
 
     def run(self, jobs: Iterator[Job | None], report: Report) -> Iterator[tuple[Job, UnitResult]]:
-        self._begin()
+        if self.jobs or self.results:  # of a run that was given up
+            self._begin()
         self.report = report
         for worker in [worker for worker in self.workers if worker.index is not None]:
-            self._dismiss(worker)  # it has a job of a run that was given up
+            self._dismiss(worker)
         next_in = next_out = 0
         waiting: list[int] = []  # to be encoded
         is_exhausted = is_held = False

@@ -116,7 +116,7 @@ def test_each_kind_of_tokenizer_is_proven_or_left_to_the_reference(kind, tmp_pat
         ours, reference = (load_manifest(tmp_path / encoder) for encoder in ("auto", "hf"))
         assert ours.fingerprint == reference.fingerprint
         assert ours.encoder["name"].startswith("tokenizers" if why else "gigatoken")
-        assert (why in ours.encoder["why"] and why in said) if why else ours.encoder["proof"]["num_documents_compared"]
+        assert (why in ours.encoder["why"] and why in said) if why else ours.encoder["num_ids_compared"] > 1000
         assert reference.encoder["why"] == "--encoder is hf"
     raw = json.loads((tokenizer / "tokenizer.json").read_text())
     assert (structure_problem(raw) or "").startswith(why) and bool(structure_problem(raw)) == bool(why)
@@ -196,7 +196,7 @@ def test_one_wrong_id_in_100_000_is_found_at_the_start(sabotage, tmp_path, small
     code = "before = Tokenizer.seen\nTokenizer.seen += len(ids)\nids[(90_000 - before) % 100_000::100_000] ^= 1"
     result = sabotage(code, *words, "--out", tmp_path / "auto")
     assert result.code == 0, result.stderr
-    assert "gives other ids for " in result.stdout
+    assert "other ids" in result.stdout and "tokenizers" in result.stdout
     run_here("prep", *words, "--encoder", "hf", "--out", tmp_path / "hf")
     assert load_manifest(tmp_path / "auto").fingerprint == load_manifest(tmp_path / "hf").fingerprint
     assert load_manifest(tmp_path / "auto").encoder["name"].startswith("tokenizers")

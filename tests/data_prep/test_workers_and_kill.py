@@ -161,9 +161,9 @@ def test_two_preps_into_one_folder_are_refused(tmp_path, corpus, small_tokenizer
 def test_a_worker_that_dies_is_named_and_its_unit_tried_once_more(tmp_path, corpus, small_tokenizer, capfd):
     from data_prep.workers import _Pool
 
-    pool = _Pool(2, lambda *counts: None)
+    pool = _Pool(2)
     jobs = _jobs(corpus, small_tokenizer, tmp_path / "work")
-    results = pool.run(iter(jobs))
+    results = pool.run(iter(jobs), lambda *counts: None)
     next(results)
     victim = next(worker for worker in pool.workers)
     os.kill(victim.process.pid, signal.SIGKILL)
@@ -175,7 +175,7 @@ def test_a_worker_that_dies_is_named_and_its_unit_tried_once_more(tmp_path, corp
 def test_a_unit_that_kills_two_workers_ends_the_run_with_a_sentence(tmp_path, corpus, small_tokenizer):
     from data_prep.workers import _Pool
 
-    pool = _Pool(2, lambda *counts: None)
+    pool = _Pool(2)
     jobs = _jobs(corpus, small_tokenizer, tmp_path / "work")
 
     def kill_whoever_works():
@@ -186,7 +186,7 @@ def test_a_unit_that_kills_two_workers_ends_the_run_with_a_sentence(tmp_path, co
 
     with pytest.raises(UserError, match="for the second time. Most often the machine is out of memory"):
         pool.tries = {index: 1 for index in range(len(jobs))}
-        list(pool.run(kill_whoever_works()))
+        list(pool.run(kill_whoever_works(), lambda *counts: None))
     pool.close()
 
 
