@@ -163,11 +163,12 @@ def _read_parquet(piece: Piece, reading: Reading) -> Iterator[Record]:
             columns = list(dict.fromkeys([reading.text_column, *present]))
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns, use_threads=False):
                 kept = {name: batch.column(name).to_pylist() for name in present}
-                for row, value in enumerate(batch.column(reading.text_column)):
+                texts = _check_column(batch.column(reading.text_column), reading.text_column)
+                for row, (text, problem) in enumerate(texts):
                     values = tuple(
                         _as_type(kept[k][row] if k in kept else None, kind) for k, kind in reading.keep_columns
                     )
-                    yield Record(piece.file, number, *_check_scalar(value, reading.text_column), values)
+                    yield Record(piece.file, number, text, problem, values)
                     number += 1
     except (OSError, pa.ArrowException) as error:
         yield Record(
@@ -261,10 +262,19 @@ def _check_text(value: Any, column: str) -> tuple[str | None, str | None]:
     try:
         if len(value) > MAX_DOCUMENT_BYTES // 4 and len(value.encode()) > MAX_DOCUMENT_BYTES:
             return None, f"{column!r} is longer than 1 GiB"
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError as error:
         return None, f"{column!r} is no valid Unicode: half of a surrogate pair at character {error.start}"
     return value, None
+
+
+def _check_column(column: Any, name: str) -> list[tuple[str | None, str | None]]:
+    """Text or problem of each row; bytes that are no UTF-8 are found one by one."""
+    try:
+        return [_check_text(value, name) for value in column.to_pylist()]
+    except UnicodeDecodeError:
+        return [_check_scalar(value, name) for value in column]
 
 
 def _check_scalar(value: Any, column: str) -> tuple[str | None, str | None]:
