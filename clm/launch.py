@@ -6,6 +6,7 @@ to continue from. Launchers that quietly start fewer processes than were asked f
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import uuid
@@ -87,6 +88,7 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
             }
         elif plan.num_processes > 1:
             derived["use_cpu"] = True  # otherwise each process is a run of its own, of world size 1
+            _let_torch_load_to_indexed_cpu()
     try:
         args = build_arguments(plan.training, derived)
     except (ValueError, ImportError) as error:
@@ -103,6 +105,17 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
             "%s GPUs are visible, one is used: start with accelerate launch to use all.", torch.cuda.device_count()
         )
     return args
+
+
+@functools.cache
+def _let_torch_load_to_indexed_cpu() -> None:
+    """Older transformers (5.17) load an optimizer to the device "cpu:0", a name that torch's loader does not know."""
+    import torch
+
+    def restore(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(priority=101, tagger=lambda _: None, deserializer=restore)  # 101: a free one
 
 
 def hold_run(run: Path) -> AbstractContextManager[None]:
