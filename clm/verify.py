@@ -28,7 +28,7 @@ from clm.fork_server import ROOT, ForkServer, Training
 from clm.plan import Plan
 from clm.recipe import load_recipe
 from clm.run_folder import list_checkpoints, read_metrics
-from clm.verify_recipe import Layout, load_copy, overrides_for, plan_whole, write_copies
+from clm.verify_recipe import SAVE_STEPS, Layout, load_copy, overrides_for, plan_whole, write_copies
 from data_prep.errors import UserError
 
 LOSS_TOLERANCE = 1e-5  # another layout adds the same numbers in another order; fp32
@@ -95,6 +95,8 @@ class Lab:
                 time.sleep(delay * step_seconds(run))
             if reached_at is not None and (not is_in_save or (run / ".saving").exists()):
                 break
+            if reached_at is not None and time.monotonic() - reached_at > SAVE_STEPS * step_seconds(run):
+                break  # the save was over between two looks
             time.sleep(0.001)
         for rank in rng.sample(ranks, len(ranks)):
             rank.kill()
@@ -106,6 +108,8 @@ class Lab:
             self.kills.append({**kill, "in_a_save": is_in_save, "newest_checkpoint": max(steps, default=None)})
         elif codes[0] != 0:
             raise UserError(f"{recipe}: the small copy's training ended with {codes[0]}. What it said: {ranks[0].log}")
+        elif not any(kill["run"] == plan.recipe.name for kill in self.kills):
+            raise UserError(f"{recipe}: the small copy's training ended before it could be killed. Raise --steps.")
 
 
 def verify_recipe(
@@ -193,7 +197,8 @@ _RUNS = ("straight", "killed", "quiet", "moved")
 
 def _moments(rng: random.Random, count: int, num_steps: int) -> list[int]:
     """Steps after which to kill, in order; 0 is before the first one is done, the last ones leave time for a kill."""
-    return sorted(rng.sample(range(num_steps - 2), min(count, num_steps - 2)))
+    moments = range(max(2, num_steps - 2 * SAVE_STEPS))
+    return sorted(rng.sample(moments, min(count, len(moments))))
 
 
 def compare(runs: Path, plan: Plan) -> list[Check]:

@@ -20,7 +20,7 @@ from clm.fork_server import ForkServer
 from clm.plan import Plan
 from clm.run_folder import read_metrics
 from clm.verify import Lab, batches, column, last_step, rates
-from clm.verify_recipe import Layout, load_copy
+from clm.verify_recipe import SAVE_STEPS, Layout, load_copy
 
 from .test_verify import CONFIG
 
@@ -81,7 +81,7 @@ def write_recipe(folder: Path, dropout: float, first: Path, second: Path) -> Pat
 
 def kill_in(lab: Lab, recipe: Path, plan: Plan, layout: Layout, rng: random.Random) -> None:
     """A run that is killed after a random step."""
-    lab.kill(recipe, plan, layout, rng, after=rng.randint(0, plan.num_steps - 3))
+    lab.kill(recipe, plan, layout, rng, after=rng.randint(0, plan.num_steps - 2 * SAVE_STEPS))
 
 
 def sorted_batches(run: Path) -> dict[int, list[int]]:
