@@ -12,6 +12,7 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ from data_prep.paths import cache_dir
 from data_prep.plan import Plan
 from data_prep.stream import Stream
 
-CHOICES = ("auto", "hf")
 CHOICE = "encoder.json"  # in the working folder
 EVIDENCE = "encoder_mismatch.json"  # in the dataset's folder
 PROVEN_IDS = 1_000_000
+_MOST_UNITS = 10_000  # are counted: with more, each compares the hundred ids that so many would
 
 
 def choose_encoder(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
@@ -116,7 +117,7 @@ def _count_units(stream: Stream) -> int:
         if source.entry.path is None:
             count += sum(1 for n, file in stream.files if n == number and file.split == "train")
         else:
-            count += sum(1 for _ in stream.train_units(number))
+            count += sum(1 for _ in islice(stream.train_units(number), _MOST_UNITS))
     return max(1, count)
 
 
