@@ -30,6 +30,7 @@ from clm.recipe import load_recipe
 from clm.run_folder import list_checkpoints, read_metrics
 from clm.verify_recipe import SAVE_STEPS, Layout, load_copy, overrides_for, plan_whole, write_copies
 from data_prep.errors import UserError
+from data_prep.paths import runs_dir
 
 LOSS_TOLERANCE = 1e-5  # another layout adds the same numbers in another order; fp32
 FAILED = 1  # exit code
@@ -135,7 +136,7 @@ def verify_recipe(
     seed = time.time_ns() % 1_000_000 if seed is None else seed
     original = load_recipe(path, list(overrides))
     whole = plan_whole(load_recipe(path, list(overrides)))
-    run_folder = whole.run_folder
+    run_folder = runs_dir() / original.name
     run_folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="verify-", dir=run_folder))
     try:

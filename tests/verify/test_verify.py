@@ -89,15 +89,16 @@ def test_a_small_copy_keeps_shares_seeds_and_proportions(recipe, tmp_path, prepa
 
 @pytest.mark.slow
 def test_a_mixture_is_certified_in_the_card_of_its_run_until_the_recipe_changes(recipe, run_cli):
-    result = run_cli(["-m", "clm", "verify", recipe, "--kills", "2", "--seed", "1"])
+    named = "training.run_name=certified"
+    result = run_cli(["-m", "clm", "verify", recipe, named, "--kills", "2", "--seed", "1"])
     assert result.code == 0, result.stdout + result.stderr
-    run = Path(os.environ["RUNS_DIR"]) / "mixed"
+    run = Path(os.environ["RUNS_DIR"]) / "certified"
     certificate = json.loads((run / "certificate.json").read_text())
     assert certificate["passed"] and len(certificate["kills"]) >= 3 and len(certificate["checks"]) == 11
     assert describe(certificate) in result.stdout and describe(certificate) in (run / "certificate.txt").read_text()
     assert sorted(p.name for p in run.iterdir()) == ["certificate.json", "certificate.txt"]
 
-    assert run_cli([ROOT / "run_clm.py", recipe]).code == 0
+    assert run_cli([ROOT / "run_clm.py", recipe, named]).code == 0
     assert describe(certificate) in (run / "final" / "README.md").read_text()
     replay = open_replay(run)
     assert certificate["order_sha256"] == order_sha256(replay), "that of the run itself"
