@@ -39,7 +39,8 @@ def main() -> None:
         config.write_text(json.dumps({**json.loads((ROOT / arguments.config).read_text()), "vocab_size": 4096}))
         for number in range(arguments.repeat):
             for mode in ("true", "false"):
-                for step, size, all_s, waited_s in _train(Path(folder), config, mode, f"{mode}-{number}"):  # noqa: B007
+                size, saves = _train(Path(folder), config, mode, f"{mode}-{number}")
+                for step, all_s, waited_s in saves:
                     found.setdefault((mode, step == 3), []).append((all_s, waited_s))
                     record = {"save_in_background": mode == "true", "repetition": number, "step": step}
                     print(json.dumps({**record, "all_s": all_s, "waited_s": waited_s}), flush=True)
@@ -50,15 +51,16 @@ def main() -> None:
         print(f"| {mode} | {'the first' if is_first else 'later ones'} | {waited_s:.2f} | {all_s:.2f} |")
 
 
-def _train(folder: Path, config: Path, mode: str, name: str) -> list[tuple[int, str, float, float]]:
-    """One run; (step, size, seconds until complete, seconds waited) of each save."""
+def _train(folder: Path, config: Path, mode: str, name: str) -> tuple[str, list[tuple[int, float, float]]]:
+    """One run; the size of a checkpoint, and (step, seconds until complete, seconds waited) of each save."""
     command = [sys.executable, ROOT / "run_clm.py", "recipes/demo.yaml", f"model.config={config}", *OVERRIDES]
     command += [f"run.save_in_background={mode}", f"training.run_name={name}"]
     env = {**os.environ, "RUNS_DIR": str(folder)}
     done = subprocess.run([str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    return [(int(s), size, float(a), float(w)) for s, size, a, w in SAVED.findall(done.stdout)]
+    found = SAVED.findall(done.stdout)
+    return found[-1][1], [(int(step), float(all_s), float(waited_s)) for step, _, all_s, waited_s in found]
 
 
 if __name__ == "__main__":

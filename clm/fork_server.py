@@ -217,7 +217,7 @@ def _become(request: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.close(log)
     os.close(nothing)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115, the old one has buffered the server's next requests
+    sys.stdin = os.fdopen(0, closefd=False)  # the old one has buffered the server's next requests
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

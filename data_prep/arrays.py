@@ -1,5 +1,5 @@
 """NumPy arrays as Arrow arrays and back, without a copy. pyarrow's own pa.array and to_numpy import pandas, where there
-is one, at their first call: a third of a second in every process."""
+is one, at their first call: some tenths of a second in every process."""
 
 from __future__ import annotations
 

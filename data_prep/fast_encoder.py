@@ -1,7 +1,7 @@
 """The fast encoder, and what it has to show before its ids are taken for the reference's.
 
-gigatoken encodes some thirty times as fast as the `tokenizers` library, which stays the reference: what a document's
-ids are is what `tokenizers` says. Three gates:
+gigatoken encodes many times as fast as the `tokenizers` library, which stays the reference: what a document's ids are
+is what `tokenizers` says. Three gates:
 
     structure   only kinds of tokenizer.json that were tried against the reference; everything else is the reference's
     start       a fixed hostile set, and the first ids of every unit of this very corpus, a million together (all of it

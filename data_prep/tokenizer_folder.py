@@ -68,7 +68,7 @@ def import_tokenizer(id_or_path: str, folder: Path) -> None:
 
 def _imported_before(source: Path) -> Path | None:
     """Where a local folder's tokenizer lies as it was saved when it was last imported: without transformers, whose
-    import takes longer than the preparation of 50 MB. None for one that does not lie here."""
+    import takes seconds. None for one that does not lie here."""
     if not (source / "tokenizer.json").is_file():
         return None
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())

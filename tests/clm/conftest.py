@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import SHAPE
 
 BLOCK_SIZE = 32  # a prepared block, of 64, is two rows
 
@@ -128,13 +129,7 @@ def _make_model(dataset: Path):
 
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
+        **{**SHAPE, "vocab_size": len(tokenizer)},
         initializer_range=0.3,  # far from uniform, so that a wrong position or label shows
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -5,13 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils, modeling_flash_attention_utils
+from tiny import EOS, make_model, make_stream
+from transformers import LlamaForCausalLM, masking_utils, modeling_flash_attention_utils
 
 from clm.dataset import as_batch
 from clm.document_mask import DocumentMask, check_no_leak
 from data_prep.errors import UserError
 
-EOS = 1
 CPU = torch.device("cpu")
 
 needs_flash = pytest.mark.skipif(
@@ -20,33 +20,8 @@ needs_flash = pytest.mark.skipif(
 )
 
 
-def make_model(attention: str = "sdpa", kind: type = LlamaForCausalLM) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        use_cache=False,  # as Trainer sets it
-    )
-    model = kind(config).eval()
-    model.config._attn_implementation = attention  # also one whose package is not installed here
-    return model
-
-
 def check(model: LlamaForCausalLM, attention: str, shape: tuple[int, int] = (3, 32), device=CPU, wrapped=None) -> None:
     check_no_leak(model, DocumentMask(EOS, attention), shape, 384, device, "tiny.yaml", wrapped)
-
-
-def make_stream(num_tokens: int, seed: int = 0) -> np.ndarray:
-    """Documents of 0 to 24 tokens and their EOS, cut at num_tokens."""
-    random = np.random.default_rng(seed)
-    documents = [np.append(random.integers(2, 384, random.integers(0, 25)), EOS) for _ in range(num_tokens)]
-    return np.concatenate(documents)[:num_tokens]
 
 
 class WithAttentionMask(LlamaForCausalLM):

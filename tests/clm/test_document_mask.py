@@ -5,7 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import EOS, make_model, make_stream
+from transformers import LlamaForCausalLM
 
 from clm.dataset import TrainBlocks, ValidationRows, as_batch, collate
 from clm.document_mask import DocumentMask
@@ -16,32 +17,7 @@ from data_prep.blocks import Blocks
 from data_prep.documents import DocumentMap
 from data_prep.token_bytes import token_byte_lengths
 
-EOS = 1
 CPU = torch.device("cpu")
-
-
-def make_model(attention: str = "sdpa") -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        use_cache=False,  # as Trainer sets it
-    )
-    config._attn_implementation = attention
-    return LlamaForCausalLM(config).eval()
-
-
-def make_stream(num_tokens: int, seed: int = 0) -> np.ndarray:
-    """Documents of 0 to 24 tokens and their EOS, cut at num_tokens."""
-    random = np.random.default_rng(seed)
-    documents = [np.append(random.integers(2, 384, random.integers(0, 25)), EOS) for _ in range(num_tokens)]
-    return np.concatenate(documents)[:num_tokens]
 
 
 def loss_one_by_one(model: LlamaForCausalLM, inputs: np.ndarray, targets: np.ndarray) -> tuple[torch.Tensor, int]:
@@ -164,7 +140,10 @@ def test_evaluation_counts_targets_and_their_bytes_only_and_is_the_loss_of_the_d
     inputs, targets = rows.read(0, 30)
     with torch.no_grad():
         nll, count = loss_one_by_one(model, inputs, targets)
-    forward = lambda batch: model(**batch, num_items_in_batch=1).loss  # noqa: E731
+
+    def forward(batch):
+        return model(**batch, num_items_in_batch=1).loss
+
     for batch_rows in (4, 30):
         found = sum_losses(forward, rows, token_bytes, batch_rows, CPU, mask=DocumentMask(EOS, "sdpa"))
         assert found.num_tokens == count == 480 - (inputs == EOS).sum() < 480

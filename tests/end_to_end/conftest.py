@@ -11,23 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import CONFIG
 
 from clm.order import Order, OrderSource, OrderStage
 from data_prep.blocks import Blocks
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "attention_dropout": 0.1,  # so that a wrong random state after a resume shows
-}
 
 RECIPE = """\
 model:

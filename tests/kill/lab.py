@@ -13,23 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tiny import CONFIG
+
 from clm.fork_server import ForkServer, Training
 
 ROOT = Path(__file__).parents[2]
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "attention_dropout": 0.1,  # so that a wrong random state after a resume shows
-}
 
 RECIPE = """\
 model:

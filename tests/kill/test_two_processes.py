@@ -80,10 +80,9 @@ def test_under_torchrun_a_killed_process_ends_the_launch_and_leaves_no_process(l
     env = {**os.environ, "RUNS_DIR": str(lab.runs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def launch(name: str) -> subprocess.Popen:
-        log = open(lab.folder / f"{name}.txt", "a")  # noqa: SIM115, the child's
-        return subprocess.Popen(
-            [*command, f"training.run_name={name}"], env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True
-        )
+        named = [*command, f"training.run_name={name}"]
+        with open(lab.folder / f"{name}.txt", "a") as log:
+            return subprocess.Popen(named, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
     straight = train_on_two(lab, "straight")  # not by torchrun: the launcher makes no difference
     for victim in (0, 1):
