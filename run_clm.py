@@ -9,12 +9,13 @@ The same command continues an interrupted run, and says so when the run is finis
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
 import sys
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from clm.recipe import load_recipe
 from clm.run_record import is_finished
@@ -159,18 +160,31 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     return trainer
 
 
-def cli() -> None:
+def cli() -> NoReturn:
     """Entry point: a user's error is one message and exit code 2; under a launcher only one rank prints it."""
+    code = 0
     try:
         main()
     except SystemExit as stopped:  # on request, after saving; --help too
-        sys.stdout.flush()
-        os._exit(stopped.code or 0)  # not sys.exit, as below
+        code = stopped.code or 0
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # where rank 0 fails too, the launcher ends this process before it repeats the message
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: a process group with a dead peer would wait for its timeout
+        os._exit(2)  # nor atexit: a process group with a dead peer would wait for its timeout
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Do what Python does at exit (W&B ends its run there), but do not take the interpreter down.
+
+    A thread of gloo that lets go of a tensor during Python's shutdown aborts the process ("terminate called without an
+    active exception"), which the launcher reports as a failed run though final/ is there.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .conftest import losses, quiet_config
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -24,8 +25,7 @@ def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_give_the_losses_of_one_and_resume_as_one(train, recipe):
     quiet = quiet_config(recipe)
     one = train(quiet, "data.tokens=5120", name="one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = launch(*torchrun, "run_clm.py", str(recipe), quiet, "data.tokens=5120", "training.run_name=two")
+    done = launch(*TORCHRUN, "run_clm.py", str(recipe), quiet, "data.tokens=5120", "training.run_name=two")
     assert done.returncode == 0, done.stderr
     two = one.with_name("two")
     assert "x 2 processes x 1 accumulation" in done.stdout
@@ -93,3 +93,19 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(run_cli, tmp_path, argum
     assert expected in result.stderr and result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_work_of_a_process_group_left_at_the_end_does_not_abort_the_process(tmp_path):
+    script = tmp_path / "left.py"
+    script.write_text(
+        "import torch, run_clm\n"
+        "from torch import distributed\n"
+        "distributed.init_process_group('gloo')\n"
+        "for _ in range(200):\n"
+        "    distributed.all_reduce(torch.zeros(1_000_000), async_op=True)\n"  # nobody waits, nobody keeps the tensor
+        "print('done')\n"
+        "run_clm.end_process(0)\n"
+    )
+    done = launch(*TORCHRUN, str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 2
