@@ -99,6 +99,11 @@ def _make_parser() -> argparse.ArgumentParser:
         help="one dataset for each, DIR/NAME, in one pass: 'low=score < 3' 'high=score >= 3'",
     )
     prep.add_argument(
+        "--filters",
+        metavar="FILE",
+        help="YAML that says what is left out or changed (docs/corpus.md), or none (default: the dataset's)",
+    )
+    prep.add_argument(
         "--encoder",
         choices=("auto", "hf"),
         default="auto",
@@ -136,6 +141,7 @@ def _make_parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--first", type=_count(0), default=0, metavar="N", help="number of the first document (default: 0)"
     )
+    inspect.add_argument("--removed", action="store_true", help="what its filters left out and changed, with samples")
     inspect.set_defaults(run=_inspect)
     for name, run, what in (
         ("check", _check, "recount everything from the files and compare it with the manifest"),
@@ -178,9 +184,14 @@ def _inspect(options: argparse.Namespace) -> None:
     from data_prep.paths import dataset_folder
     from data_prep.show import iter_inspection
 
-    for line in iter_inspection(
-        dataset_folder(options.dataset), options.split, options.documents, options.blocks, options.first
-    ):
+    folder = dataset_folder(options.dataset)
+    if options.removed:
+        from data_prep.removed import iter_removed
+
+        lines = iter_removed(folder)
+    else:
+        lines = iter_inspection(folder, options.split, options.documents, options.blocks, options.first)
+    for line in lines:
         print(line)
 
 

@@ -14,6 +14,7 @@ from data_prep.documents import DocumentMap, map_path
 from data_prep.errors import UserError
 from data_prep.ledger import find_imbalances
 from data_prep.manifest import Manifest, content_fingerprint, load_manifest, sha256_of
+from data_prep.removed import check_removed
 from data_prep.tokenizer_folder import describe_tokenizer
 
 
@@ -31,6 +32,8 @@ def check_dataset(folder: Path) -> Manifest:
     for split in manifest.splits:
         found = _check_files(folder, manifest, split)
         problems += found or _check_counts(folder, manifest, split)  # a damaged file says nothing about counts
+    if manifest.removed is not None:
+        problems += check_removed(folder, manifest)
     expected = content_fingerprint(manifest.tokenizer.sha256, manifest.block_size, manifest.dtype, manifest.splits)
     if manifest.fingerprint != expected:
         problems.append(

@@ -72,7 +72,7 @@ class DocumentMap:
         kept = {key: value for key, value in values.items() if key not in dict(COLUMNS)}
         file = self.files[values["source"]]
         end = row[1] if len(row) == 2 else self.num_tokens
-        source = file["source"] if file["name"] == file["source"] else f"{file['source']}/{file['name']}"
+        source = join_source(file["source"], file["name"])
         return Document(number, row[0], end, source, values["record"], values["num_bytes"], kept)
 
     def between(self, first_token: int, end_token: int) -> Iterator[Document]:
@@ -87,6 +87,11 @@ class DocumentMap:
 def documents_between(folder: str | Path, split: str, first_token: int, end_token: int) -> list[Document]:
     """The documents of a split with at least one token in [first_token, end_token), in order."""
     return list(DocumentMap(folder, split).between(first_token, end_token))
+
+
+def join_source(source: str, name: str) -> str:
+    """How people are told where a document is from: the source's name and the file inside it."""
+    return source if name == source else f"{source}/{name}"
 
 
 def map_path(folder: Path, split: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.align import Taken, write_document_map, write_split
-from data_prep.documents import files_path
+from data_prep.documents import files_path, join_source
 from data_prep.ledger import LedgerError, find_imbalances
 from data_prep.manifest import SPLITS, Manifest, SplitInfo, TokenizerInfo, content_fingerprint, token_dtype
 from data_prep.plan import Plan, describe_files
@@ -55,6 +55,12 @@ def write_dataset(
             documents_sha256=write_document_map(folder, plan.work, number, split, taken, plan.keep_columns),
             shards=shards,
         )
+    removed = None
+    if plan.filters is not None:
+        from data_prep.removed import write_removed
+
+        names = [join_source(plan.sources[n].label, file.name) for n, file in files]
+        removed = write_removed(folder, plan.work, number, taken, plan.filters, names)
     problems = find_imbalances(ledger, splits, plan.block_size)
     if problems:
         raise LedgerError(f"{folder}: the ledger does not balance, so no manifest is written:\n" + "\n".join(problems))
@@ -70,6 +76,7 @@ def write_dataset(
         splits=splits,
         ledger=ledger,
         settings=plan.settings(),
+        removed=removed,
     )
 
 

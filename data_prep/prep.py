@@ -14,9 +14,11 @@ from pathlib import Path
 
 from data_prep.align import Taken
 from data_prep.buckets import column_names
+from data_prep.decontamination import INDEX_NAME, write_index
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
+from data_prep.filters import check_installed
 from data_prep.hub import list_hub_files
 from data_prep.jobs import make_jobs, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
@@ -26,6 +28,7 @@ from data_prep.output import write_dataset, write_whole
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_encoder, give_up
+from data_prep.removed import describe_filters
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import MAX_HASHED_BYTES, SourceFile
 from data_prep.stream import Stream
@@ -76,6 +79,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     stream = make_stream(plan, files)
     if _is_small_and_strict(plan):
         stream.check_readable()
+    if plan.filters is not None:
+        check_installed(plan.filters)
     work.mkdir(exist_ok=True)
     is_continued = save_request(plan)
     if not is_continued and (work / ALIGN_STATE).exists():
@@ -90,6 +95,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream. The fast encoder has
     # to prove itself; when it fails later, the reference does everything again.
     state_path = work / ALIGN_STATE
+    if plan.filters is not None and "decontaminate" in plan.filters.options:
+        print("\n".join(write_index(plan.filters, work / INDEX_NAME)), file=sys.stderr)
     if state_path.exists():
         state = json.loads(state_path.read_text(encoding="utf-8"))
     else:
@@ -126,6 +133,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
         if bucket:
             print(f"{bucket} ({plan.buckets[number].condition}):")
         print(describe_ledger(manifests[bucket].ledger, manifests[bucket].splits, plan.block_size))
+        if plan.filters is not None:
+            print(describe_filters(manifests[bucket].ledger))
         print(f"{folder}: complete. Look at it: python -m data_prep inspect {folder}")
     return manifests
 
@@ -224,11 +233,23 @@ def _encode(
     is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
     progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
     units = []
+    screening = None
+    if plan.filters is not None and plan.filters.is_screened:
+        from data_prep.screening import Screening
+
+        capped = {number for number, source in enumerate(plan.sources) if source.max_documents}
+        screening = Screening(plan.filters, capped)
+    jobs = make_jobs(plan, stream, tokenizer, encoder, threshold, screening)
     try:
-        for job, result in workers.run(make_jobs(plan, stream, tokenizer, encoder, threshold), progress.add_text):
+        for job, result in workers.run(jobs, progress.add_text):
+            if job.is_screening:
+                screening.take(job)
+                continue
             progress.add_input(job.unit.num_bytes)
             try:
                 unit = stream.take(job, result)
+                if screening is not None and unit is not None:
+                    screening.settle(job, unit.num_rows)
             except UserError:
                 (plan.work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
                 raise
