@@ -54,8 +54,8 @@ def write_index(filters: Filters, path: Path) -> list[str]:
         found = [ngrams for _, ngrams in _iter_items(file, options)]
         if not any(found):
             raise UserError(
-                f"filters.decontaminate: {file} has {len(found):,} items but none of {options['n_grams']} words, so that "
-                "nothing of it can be looked for. Give another file, or a smaller n_grams."
+                f"filters.decontaminate: {file} has {len(found):,} items but none of {options['n_grams']} words, so "
+                "that nothing of it can be looked for. Give another file, or a smaller n_grams."
             )
         hashes.update(*found)
         num_short = sum(not ngrams for ngrams in found)

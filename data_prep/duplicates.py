@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Seen:
-    """The hashes so far, in sorted runs of growing size: 8 bytes each, and a logarithm of their number to look one up."""
+    """The hashes so far, in sorted runs of growing size: 8 bytes each; a logarithm of their number to look one up."""
 
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []

@@ -140,7 +140,8 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
     """
     sieve, more_columns = None, []
     if job.filters is not None:
-        from data_prep import screening, sieve as sieving
+        from data_prep import screening
+        from data_prep import sieve as sieving
 
         if job.is_screening:
             return screening.screen_unit(job)

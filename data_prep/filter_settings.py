@@ -111,11 +111,19 @@ CHOICES = {
 }
 NULL_IS_OFF = ("gopher_repetition", "gopher_quality")  # a number may be null there: that rule is off
 NOTHING_LEFT, OTHER = "nothing left", "other"
-_QUALITY = (
-    "short_doc long_doc below_avg_threshold above_avg_threshold too_many_hashes too_many_ellipsis too_many_bullets "
-    "too_many_end_ellipsis below_alpha_threshold enough_stop_words"
-).split()
-_REPETITION = "empty dup_para_frac dup_para_char_frac dup_line_frac dup_line_char_frac".split()
+_QUALITY = [
+    "short_doc",
+    "long_doc",
+    "below_avg_threshold",
+    "above_avg_threshold",
+    "too_many_hashes",
+    "too_many_ellipsis",
+    "too_many_bullets",
+    "too_many_end_ellipsis",
+    "below_alpha_threshold",
+    "enough_stop_words",
+]
+_REPETITION = ["empty", "dup_para_frac", "dup_para_char_frac", "dup_line_frac", "dup_line_char_frac"]
 REASONS = {  # why a document is left out, where a filter has several reasons
     "normalize": [NOTHING_LEFT],
     "gopher_repetition": _REPETITION,  # and one for each length of its n-grams

@@ -156,8 +156,8 @@ def check_language(name: str, language: str) -> None:
         tokenizer = load_word_tokenizer(language)
     except ValueError as error:
         raise UserError(
-            f"filters.{name}.language is {language} but datatrove knows no rules for its words. Write an ISO 639-3 code "
-            "such as eng, deu or fra; the list is datatrove's assets/tokenizer_assignment.csv."
+            f"filters.{name}.language is {language} but datatrove knows no rules for its words. Write an ISO 639-3 "
+            "code such as eng, deu or fra; the list is datatrove's assets/tokenizer_assignment.csv."
         ) from error
     except ImportError as error:
         raise UserError(f"filters.{name}.language is {language}, which needs another package. {error}") from error
