@@ -161,7 +161,8 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
         run_files = [stack.enter_context(open(path, "wb")) for path in temporary.values()]
         rows_file = stack.enter_context(open(rows_temporary, "wb"))
         with pa.ipc.new_stream(rows_file, schema) as rows_writer:
-            for num_records, records, problem in iter_batches(job):  # noqa: B007 - the last ones are the result's
+            for batch in iter_batches(job):
+                num_records, records, problem = batch
                 rows, runs, confirmed = _encode_batch(records, job, encoder, job.compare_ids - num_compared, sieve)
                 num_compared += confirmed
                 for file, run in zip(run_files, runs, strict=True):

@@ -111,23 +111,13 @@ CHOICES = {
 }
 NULL_IS_OFF = ("gopher_repetition", "gopher_quality")  # a number may be null there: that rule is off
 NOTHING_LEFT, OTHER = "nothing left", "other"
-_QUALITY = [
-    "short_doc",
-    "long_doc",
-    "below_avg_threshold",
-    "above_avg_threshold",
-    "too_many_hashes",
-    "too_many_ellipsis",
-    "too_many_bullets",
-    "too_many_end_ellipsis",
-    "below_alpha_threshold",
-    "enough_stop_words",
-]
+_SIZES = ["short_doc", "long_doc", "below_avg_threshold", "above_avg_threshold"]
+_SIGNS = ["too_many_hashes", "too_many_ellipsis", "too_many_bullets", "too_many_end_ellipsis"]
 _REPETITION = ["empty", "dup_para_frac", "dup_para_char_frac", "dup_line_frac", "dup_line_char_frac"]
 REASONS = {  # why a document is left out, where a filter has several reasons
     "normalize": [NOTHING_LEFT],
     "gopher_repetition": _REPETITION,  # and one for each length of its n-grams
-    "gopher_quality": _QUALITY,
+    "gopher_quality": [*_SIZES, *_SIGNS, "below_alpha_threshold", "enough_stop_words"],
     "c4": ["lorem_ipsum", "curly_bracket", "too_few_sentences", NOTHING_LEFT],
     "fineweb": ["empty", "line_punct_ratio", "short_line_ratio", "char_dup_ratio", "list_ratio"],
     "pii": [NOTHING_LEFT],

@@ -207,7 +207,8 @@ def _find_filter_imbalances(entry: dict[str, Any]) -> Iterator[str]:
     for name, flow in filters.items():
         num_out = sum(num for rule, num in filtered.items() if rule_filter(rule) == name)
         if flow["documents_before"] - num_out != flow["documents_after"]:
-            yield f"{name} read {flow['documents_before']} documents, left out {num_out}, gave {flow['documents_after']}"
+            num_in, num_on = flow["documents_before"], flow["documents_after"]
+            yield f"{name} read {num_in} documents, left out {num_out} and gave {num_on}"
         now = (flow["documents_before"], flow["bytes_before"])
         if before not in (None, now):
             yield f"{name} read {now} documents and bytes but {before} came out of the filter in front"

@@ -182,7 +182,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is missing or damaged: {error}. `python -m data_prep check` names all that is."
+            f"{path} is missing or damaged: {error}. `make check DATASET={path.parent.parent}` names all that is."
         ) from error
 
 

@@ -54,8 +54,8 @@ def screen_unit(job: Job) -> UnitResult:
     status, exact, bands, has_bands, lines = [], [], [], [], []
     num_records = num_rows = 0
     problem = None
-    for read, records, problem in iter_batches(job):
-        num_records = read
+    for batch in iter_batches(job):
+        num_records, records, problem = batch
         is_kept = np.array([record.problem is None and record.text != "" for record in records], dtype=bool)
         here = np.array([BAD if record.problem is not None else EMPTY for record in records], dtype=np.uint8)
         here[is_kept] = TRAIN

@@ -155,10 +155,9 @@ def _load_chain(filters: Filters, index: Path) -> Chain:
 
 def _difference(before: str, after: str) -> list[tuple[str, str]]:
     """A window of both texts around the first place where they differ."""
-    start = next(
-        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-    )
-    start = max(start - SAMPLE_CHARACTERS // 4, 0)
+    pairs = enumerate(zip(before, after, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    start = max(first - SAMPLE_CHARACTERS // 4, 0)
     return [(name, text[start : start + SAMPLE_CHARACTERS]) for name, text in (("before", before), ("after", after))]
 
 
