@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.filter_settings import CHANGING, NEEDS_DATATROVE, NOTHING_LEFT, OTHER, SCREENED, Filters
 
-INSTALL = "pip install -e '.[corpus]'"
+INSTALL = "python -m pip install -c constraints.txt -e '.[corpus]'"
 FENCED = re.compile(r"^(?P<fence>```+|~~~+)[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
 Step = Callable[[str], tuple[str, str | None]]  # a text to itself or what it is changed to, and why it is left out
 
@@ -140,7 +140,7 @@ def check_installed(filters: Filters) -> None:
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
-            f"filters: {', '.join(filters.options)} need {', '.join(missing)}, which is not installed. {INSTALL}"
+            f"filters: {', '.join(filters.options)} need {', '.join(missing)}, which is not installed. Install it: {INSTALL}"
         )
 
 

@@ -82,7 +82,7 @@ def screen_unit(job: Job) -> UnitResult:
         status=np.concatenate([np.empty(0, dtype=np.uint8), *status]),
         exact=np.array(exact, dtype=np.uint64),
         has_bands=np.array(has_bands, dtype=bool),
-        bands=np.array(bands, dtype=np.uint64).reshape(-1, num_bands),
+        bands=np.array(bands, dtype=np.uint64).reshape(len(bands), num_bands),
         line_places=np.array([place[:2] for place in lines], dtype=np.uint32).reshape(-1, 2),
         lines=np.array([place[2] for place in lines], dtype=np.uint64),
     )
