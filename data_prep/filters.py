@@ -6,7 +6,9 @@ filter is made, never where none is on.
 """
 
 import importlib.util
+import multiprocessing
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,9 @@ class Chain:
     """
 
     def __init__(self, filters: Filters, index: Path):
+        if multiprocessing.parent_process() is not None:
+            # A worker has no use for torch, which spaCy imports where there is one: seconds, and 300 MB each.
+            sys.modules.setdefault("torch", None)
         self.filters = filters
         self.steps: list[tuple[str, Step]] = []
         self._ngrams: list[int] = []
