@@ -30,7 +30,8 @@ from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import MAX_HASHED_BYTES, SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
-from data_prep.tokenizer_training import DEFAULT_SAMPLE_BYTES, ControlTokens, iter_sample, train_tokenizer
+from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
+from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
