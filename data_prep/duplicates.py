@@ -4,11 +4,11 @@ In: texts. Out: for each a hash of all its bytes, the keys of its MinHash bands 
 probability), and the hashes of its lines. `Seen` answers for hashes in order whether each was there before.
 """
 
-import hashlib
 from functools import cache
 from typing import Any
 
 import numpy as np
+import xxhash
 
 
 class Seen:
@@ -35,8 +35,8 @@ class Seen:
 
 
 def hash_bytes(data: bytes) -> int:
-    """64 bits of blake2b."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    """64 bits of XXH3."""
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def hash_bands(text: str, options: dict[str, Any]) -> list[int] | None:

@@ -9,13 +9,14 @@ import importlib.util
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.filter_settings import CHANGING, NEEDS_DATATROVE, NOTHING_LEFT, OTHER, SCREENED, Filters
+from data_prep.readers import Piece, Record
 
 INSTALL = "python -m pip install -c constraints.txt -e '.[corpus]'"
 FENCED = re.compile(r"^(?P<fence>```+|~~~+)[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -79,10 +80,7 @@ class Chain:
         return outcome
 
     def clean(self, text: str, is_code: bool) -> str | None:
-        """The text as the filters change it, without asking those that only leave texts out; None if nothing is left.
-
-        What a tokenizer is trained on.
-        """
+        """The text as the filters change it, without those that only leave texts out; None if nothing is left."""
         for name, step in self.steps:
             if name in CHANGING and not (name == "normalize" and is_code and not self.filters.options[name]["code"]):
                 text, reason = step(text)
@@ -133,6 +131,17 @@ class Chain:
         return find
 
 
+def iter_clean(records: Iterable[Record], pieces: tuple[Piece, ...], filters: Filters) -> Iterator[Record]:
+    """Records with their texts as the filters change them; those without a text then are left out."""
+    changing = {name: options for name, options in filters.options.items() if name in CHANGING and name not in SCREENED}
+    chain = Chain(replace(filters, options=changing), Path())
+    is_code = {piece.file: piece.format == "python" for piece in pieces}
+    for record in records:
+        text = chain.clean(record.text, is_code[record.file])
+        if text is not None:
+            yield replace(record, text=text)
+
+
 def check_installed(filters: Filters) -> None:
     """Say how to install what these filters need.
 
@@ -145,7 +154,8 @@ def check_installed(filters: Filters) -> None:
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(
-            f"filters: {', '.join(filters.options)} need {', '.join(missing)}, which is not installed. Install it: {INSTALL}"
+            f"filters: {', '.join(filters.options)} need {', '.join(missing)}, which is not installed. "
+            f"Install it: {INSTALL}"
         )
 
 

@@ -18,10 +18,11 @@ from data_prep.decontamination import INDEX_NAME, write_index
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
+from data_prep.filter_settings import rule_filter
 from data_prep.filters import check_installed
 from data_prep.hub import list_hub_files
 from data_prep.jobs import make_jobs, make_stream
-from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
+from data_prep.ledger import Counts, describe_ledger, ledger_entry, no_value_rule
 from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
 from data_prep.output import write_dataset, write_whole
@@ -30,13 +31,15 @@ from data_prep.progress import Progress
 from data_prep.proof import choose_encoder, give_up
 from data_prep.removed import describe_filters
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
-from data_prep.sources import MAX_HASHED_BYTES, SourceFile
+from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
-from data_prep.tokenizer_training import DEFAULT_SAMPLE_BYTES, ControlTokens, iter_sample, train_tokenizer
+from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
+from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
+READ_TWICE_BYTES = 32_000_000  # of input: a moment
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
 
 
@@ -165,7 +168,7 @@ def _is_small_and_strict(plan: Plan) -> bool:
     is_local = all(source.entry.path is not None for source in plan.sources)
     size = sum(file.size for files in plan.local_files.values() for file in files)
     is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources)
-    return is_local and size <= MAX_HASHED_BYTES and is_strict and plan.max_tokens is None
+    return is_local and size <= READ_TWICE_BYTES and is_strict and plan.max_tokens is None
 
 
 def train_from_sources(
@@ -182,6 +185,8 @@ def train_from_sources(
         tuple(specs), out=str(out), tokenizer=f"train:{vocab_size}", block_size=1, text_column=text_column
     )
     plan = make_plan(options)
+    if plan.filters is not None:
+        check_installed(plan.filters)
     files = [
         (number, file)
         for number, source in enumerate(plan.sources)
@@ -242,10 +247,11 @@ def _encode(
     jobs = make_jobs(plan, stream, tokenizer, encoder, threshold, screening)
     try:
         for job, result in workers.run(jobs, progress.add_text):
+            # Each unit is read twice where filters look at more than one document.
+            progress.add_input(job.unit.num_bytes // (1 if screening is None else 2))
             if job.is_screening:
                 screening.take(job)
                 continue
-            progress.add_input(job.unit.num_bytes)
             try:
                 unit = stream.take(job, result)
                 if screening is not None and unit is not None:
@@ -307,8 +313,21 @@ def _check_length(plan: Plan, stream: Stream) -> None:
                 f"{where}: block_size is {plan.block_size:,} but the train documents have only {num_tokens:,} "
                 "tokens together, "
                 "so there is not one block to train on. Give more text, or a smaller block: "
-                f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}."
+                f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}.{_describe_left_out(stream, number)}"
             )
+
+
+def _describe_left_out(stream: Stream, number: int) -> str:
+    """What the filters left out of a dataset, where they may be why nothing is left."""
+    counts = Counts()
+    for each in stream.counts.values():
+        counts.add(each[number])
+    rules = {rule: num for rule, num in counts.num_filtered.items() if rule_filter(rule) in counts.filters}
+    if not rules:
+        return ""
+    num_documents = next(iter(counts.filters.values()))["documents_before"]
+    why = ", ".join(f"{rule} {num:,}" for rule, num in sorted(rules.items(), key=lambda item: -item[1]))
+    return f" The filters left out {sum(rules.values()):,} of {num_documents:,} documents: {why}."
 
 
 def _leave_nothing_unfinished(plan: Plan) -> None:

@@ -22,6 +22,7 @@ from data_prep.removed import iter_removed
 
 FILTERS = "exact_duplicates: true\nduplicate_lines: {min_characters: 8}\n"
 MIN_CHARACTERS = 8
+WORDS = ("river", "map", "town", "bread", "walk", "old")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def filters(tmp_path) -> Path:
 def make_texts(num: int, seed: int = 5) -> list[str]:
     """Texts of lines from a small stock: many lines and some documents stand there twice."""
     rng = random.Random(seed)
-    stock = [" ".join(rng.choices("river map town bread walk old".split(), k=rng.randint(1, 4))) for _ in range(num)]
+    stock = [" ".join(rng.choices(WORDS, k=rng.randint(1, 4))) for _ in range(num)]
     texts = ["\n".join(rng.choices(stock, k=rng.randint(1, 4))) for _ in range(num)]
     return [rng.choice(texts[: i + 1]) if rng.random() < 0.3 else text for i, text in enumerate(texts)]
 

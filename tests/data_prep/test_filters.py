@@ -14,7 +14,11 @@ from data_prep.manifest import load_manifest
 
 pytest.importorskip("datatrove", reason="the extra corpus is not installed")
 
-WORDS = "the river carries letters and a map of the old town while people walk to market with bread that they have".split()
+WORDS = [
+    *["the", "river", "carries", "letters", "and", "a", "map", "of", "the", "old", "town", "while"],
+    *["people", "walk", "to", "market"],
+]
+WORDS += ["with", "bread", "that", "they", "have"]
 
 
 def sentence(rng: random.Random, num_words: int = 12) -> str:
@@ -71,7 +75,7 @@ def test_each_rule_leaves_out_the_one_document_that_breaks_it(tmp_path, prep):
         "fineweb: list_ratio": "\n".join(sentence(random.Random(number), 8) for number in range(40)),
     }
     bad["gopher_quality: enough_stop_words"] = "\n".join(
-        f"River map town bread walks old people markets {word}." for word in "one two three four five six".split()
+        f"River map town bread walks old people markets {word}." for word in ("one", "two", "three", "four", "five")
     )
     texts = [*good[4:12], *bad.values(), *good[12:]]
     filters = {**LENIENT, "gopher_quality": True, "c4": True, "fineweb": {"new_line_ratio": 0.1}}
@@ -179,8 +183,10 @@ def test_near_duplicates_leave_as_datatrove_finds_them_and_none_is_on_both_sides
     found = {split: read_documents(tmp_path / "out", split) for split in ("train", "validation")}
     assert sorted(found["train"] + found["validation"]) == sorted(kept)
 
-    train, validation = ([set(zip(*[text.split(" ")[i:] for i in range(5)], strict=False)) for text in found[split]]
-                         for split in ("train", "validation"))
+    train, validation = (
+        [set(zip(*[text.split(" ")[i:] for i in range(5)], strict=False)) for text in found[split]]
+        for split in ("train", "validation")
+    )
     shares = [len(a & b) / max(len(a | b), 1) for a in train for b in validation]
     assert len(validation) > 5 and max(shares) < 0.75  # under LSH's 0.72, about
 
@@ -242,7 +248,8 @@ def language_model(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("fasttext")
     rng = random.Random(0)
-    words = {"en": WORDS, "de": "der die und den von zu das mit sich des auf ist im dem nicht ein eine als".split()}
+    german = "der die und den von zu das mit sich des auf ist im dem nicht ein eine als"
+    words = {"en": WORDS, "de": german.split(" ")}
     rows = [(language, " ".join(rng.choices(words[language], k=12))) for language in rng.choices(["en", "de"], k=400)]
     (folder / "train.txt").write_text("".join(f"__label__{language} {text}\n" for language, text in rows))
     model = fasttext.train_supervised(
@@ -270,7 +277,13 @@ def test_all_filters_together_give_the_same_bytes_for_any_number_of_workers(tmp_
     folder = tmp_path / "x"
     folder.mkdir()
     evaluation = write_jsonl(tmp_path / "evaluation.jsonl", [good[50].split("\n")[2]])
-    texts = [*good, *good[:5], *(make_near(text, rng) for text in good[5:10]), "The map and the town", "der die und den von zu das"]
+    texts = [
+        *good,
+        *good[:5],
+        *(make_near(text, rng) for text in good[5:10]),
+        "The map and the town",
+        "der die und den von zu das",
+    ]
     texts[60] += "\nAsk jane@example.net about the map of the town.\x07"
     texts[61] += f"\n{good[1].split(chr(10))[0]}"
     for number in range(4):
@@ -317,7 +330,10 @@ def test_a_tokenizer_is_trained_on_the_text_as_the_filters_change_it(tmp_path, p
         ({"c4": {"language": "tha"}}, "filters.c4.language is tha, which needs another package"),
         ({"decontaminate": ["x.jsonl"]}, "x.jsonl has 1 items but none of 13 words"),
         ({"language": {"model": "x.jsonl", "keep": ["en"]}}, "filters.language.model is x.jsonl but fastText cannot"),
-        ({"gopher_quality": {"min_doc_words": 5000}}, "The filters left out 1 of 1 documents: gopher_quality: short_doc 1"),
+        (
+            {"gopher_quality": {"min_doc_words": 9}},
+            "The filters left out 1 of 1 documents: gopher_quality: short_doc 1",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_message(tmp_path, monkeypatch, small_tokenizer, fails, filters, message):
