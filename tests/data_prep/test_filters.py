@@ -14,11 +14,10 @@ from data_prep.manifest import load_manifest
 
 pytest.importorskip("datatrove", reason="the extra corpus is not installed")
 
-WORDS = [
-    *["the", "river", "carries", "letters", "and", "a", "map", "of", "the", "old", "town", "while"],
-    *["people", "walk", "to", "market"],
-]
-WORDS += ["with", "bread", "that", "they", "have"]
+TEXT = "the river carries letters and a map of the old town while people walk to market with bread that they have"
+GERMAN = "der die und den von zu das mit sich des auf ist im dem nicht ein eine als"
+WORDS = TEXT.split(" ")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven")
 
 
 def sentence(rng: random.Random, num_words: int = 12) -> str:
@@ -75,7 +74,7 @@ def test_each_rule_leaves_out_the_one_document_that_breaks_it(tmp_path, prep):
         "fineweb: list_ratio": "\n".join(sentence(random.Random(number), 8) for number in range(40)),
     }
     bad["gopher_quality: enough_stop_words"] = "\n".join(
-        f"River map town bread walks old people markets {word}." for word in ("one", "two", "three", "four", "five")
+        f"River map town bread walks old people markets {word}." for word in NUMBERS
     )
     texts = [*good[4:12], *bad.values(), *good[12:]]
     filters = {**LENIENT, "gopher_quality": True, "c4": True, "fineweb": {"new_line_ratio": 0.1}}
@@ -248,8 +247,7 @@ def language_model(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("fasttext")
     rng = random.Random(0)
-    german = "der die und den von zu das mit sich des auf ist im dem nicht ein eine als"
-    words = {"en": WORDS, "de": german.split(" ")}
+    words = {"en": WORDS, "de": GERMAN.split(" ")}
     rows = [(language, " ".join(rng.choices(words[language], k=12))) for language in rng.choices(["en", "de"], k=400)]
     (folder / "train.txt").write_text("".join(f"__label__{language} {text}\n" for language, text in rows))
     model = fasttext.train_supervised(
