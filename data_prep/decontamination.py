@@ -15,6 +15,7 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.filter_settings import Filters
+from data_prep.words import load_words
 
 INDEX_NAME = "ngrams.npy"  # in the working folder
 
@@ -34,8 +35,8 @@ class Finder:
 
 def hash_ngrams(text: str, n: int, language: str) -> dict[int, str]:
     """The n-grams of a text by their hashes, as datatrove makes them (NGramsDecontFilter)."""
-    simplify, ngrams, hash_text, tokenizer = _parts(language)
-    words = tokenizer.word_tokenize(simplify(text))
+    simplify, ngrams, hash_text = _parts()
+    words = load_words(language).word_tokenize(simplify(text))
     return {hash_text(ngram): ngram for ngram in map(" ".join, ngrams(words, n))}
 
 
@@ -118,10 +119,9 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 
 @cache
-def _parts(language: str) -> tuple[Any, ...]:
+def _parts() -> tuple[Any, ...]:
     from datatrove.utils.hashing import HashConfig, create_hash_func
     from datatrove.utils.text import ngrams, simplify_text
-    from datatrove.utils.word_tokenizers import load_word_tokenizer
 
     # sha1: datatrove's other hash needs an xxhash before 4, and `datasets` has the newer one here
-    return simplify_text, ngrams, create_hash_func(HashConfig(hash_fc="sha1")), load_word_tokenizer(language)
+    return simplify_text, ngrams, create_hash_func(HashConfig(hash_fc="sha1"))

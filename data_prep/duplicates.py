@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_prep.words import load_words
+
 
 class Seen:
     """The hashes so far, in sorted runs of growing size: 8 bytes each; a logarithm of their number to look one up."""
@@ -66,4 +68,6 @@ def _signer(n_grams: int, num_buckets: int, hashes_per_bucket: int, seed: int, l
 
     # sha1: datatrove's other hash needs an xxhash before 4, and `datasets` has the newer one here
     config = MinhashConfig(n_grams, num_buckets, hashes_per_bucket, seed, hash_config=HashConfig(hash_fc="sha1"))
-    return MinhashDedupSignature("/nonexistent", config, language)  # the folder is for its own files: none is written
+    signer = MinhashDedupSignature("/nonexistent", config, language)  # the folder is for its own files: none is written
+    signer.word_tokenizer = load_words(language)
+    return signer

@@ -17,6 +17,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.filter_settings import CHANGING, NEEDS_DATATROVE, NOTHING_LEFT, OTHER, SCREENED, Filters
 from data_prep.readers import Piece, Record
+from data_prep.words import check_language
 
 INSTALL = "python -m pip install -c constraints.txt -e '.[corpus]'"
 FENCED = re.compile(r"^(?P<fence>```+|~~~+)[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -156,30 +157,6 @@ def check_installed(filters: Filters) -> None:
         raise UserError(
             f"filters: {', '.join(filters.options)} need {', '.join(missing)}, which is not installed. "
             f"Install it: {INSTALL}"
-        )
-
-
-def check_language(name: str, language: str) -> None:
-    """Refuse a language whose words cannot be told apart without a download.
-
-    Raises:
-        UserError: an unknown language, or one that needs more than the extra installs.
-    """
-    from datatrove.utils.word_tokenizers import StanzaTokenizer, load_word_tokenizer
-
-    try:
-        tokenizer = load_word_tokenizer(language)
-    except ValueError as error:
-        raise UserError(
-            f"filters.{name}.language is {language} but datatrove knows no rules for its words. Write an ISO 639-3 "
-            "code such as eng, deu or fra; the list is datatrove's assets/tokenizer_assignment.csv."
-        ) from error
-    except ImportError as error:
-        raise UserError(f"filters.{name}.language is {language}, which needs another package. {error}") from error
-    if isinstance(tokenizer, StanzaTokenizer):
-        raise UserError(
-            f"filters.{name}.language is {language}, whose words datatrove finds with a model that stanza downloads "
-            "while it runs. Use a language that spaCy has rules for."
         )
 
 

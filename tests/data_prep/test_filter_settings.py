@@ -61,7 +61,9 @@ def test_a_file_is_known_by_its_content_and_settings_by_their_values(tmp_path):
 
 def test_filters_may_stand_in_the_yaml_of_a_dataset(tmp_path):
     path = tmp_path / "mine.yaml"
-    head = "description: x\npath: x.jsonl\nlicence: x\nsource_of_numbers: x\ndefault_tokenizer: x\ndefault_block_size: 8\n"
+    head = (
+        "description: x\npath: x.jsonl\nlicence: x\nsource_of_numbers: x\ndefault_tokenizer: x\ndefault_block_size: 8\n"
+    )
     path.write_text(head + "filters:\n  pii: true\n  near_duplicates: {n_grams: 4}\n")
     assert read_entry(path).filters == {"pii": True, "near_duplicates": {"n_grams": 4}}
     path.write_text(head + "filters:\n  pi: true\n")
@@ -71,7 +73,16 @@ def test_filters_may_stand_in_the_yaml_of_a_dataset(tmp_path):
 
 def test_without_filters_nothing_of_them_is_imported(tmp_path, small_tokenizer, run_cli):
     source = write_jsonl(tmp_path / "x.jsonl", ["some text"] * 9)
-    words = ["prep", str(source), "--tokenizer", str(small_tokenizer), "--block-size", "1", "--out", str(tmp_path / "o")]
+    words = [
+        "prep",
+        str(source),
+        "--tokenizer",
+        str(small_tokenizer),
+        "--block-size",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     code = f"import sys\nfrom data_prep.__main__ import main\nassert main({words!r}) == 0\n"
     code += "print({'datatrove', 'spacy', 'ftfy', 'data_prep.sieve', 'data_prep.screening'} & set(sys.modules))"
     result = run_cli(["-c", code])
