@@ -100,7 +100,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decontaminate": {"files": [], "n_grams": 13, "remove": True, **ENGLISH},
     "exact_duplicates": {},
     "near_duplicates": {"n_grams": 5, "num_buckets": 14, "hashes_per_bucket": 8, "seed": 1, **ENGLISH},
-    "duplicate_lines": {"min_characters": 30},
+    "duplicate_lines": {"min_characters": 30, "code": False},  # code: also in .py files
 }
 CHANGING = ("normalize", "c4", "pii", "duplicate_lines")  # these change texts; the others only leave documents out
 SCREENED = ("exact_duplicates", "near_duplicates", "duplicate_lines")  # these look at all documents in front of one

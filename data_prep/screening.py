@@ -50,6 +50,7 @@ def screen_unit(job: Job) -> UnitResult:
     from data_prep.sieve import Sieve
 
     options = job.filters.options
+    has_lines = "duplicate_lines" in options
     sieve = Sieve(job)
     status, exact, bands, has_bands, lines = [], [], [], [], []
     num_records = num_rows = 0
@@ -69,7 +70,9 @@ def screen_unit(job: Job) -> UnitResult:
                 keys = hash_bands(text, options["near_duplicates"])
                 has_bands.append(keys is not None)
                 bands += [keys] if keys is not None else []
-            if "duplicate_lines" in options:
+            if "duplicate_lines" in options and (
+                options["duplicate_lines"]["code"] or not sieve.is_code[records[i].file]
+            ):
                 found = hash_lines(text, options["duplicate_lines"]["min_characters"])
                 lines += [(num_rows + i, line, number) for line, number in found]
         status.append(here)

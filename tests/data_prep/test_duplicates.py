@@ -110,6 +110,18 @@ def test_what_is_left_and_what_is_counted_is_what_a_loop_over_the_documents_says
     assert flow["documents_changed"] == sum(is_changed) > 20
 
 
+def test_lines_of_code_stay_unless_asked(tmp_path, small_tokenizer, filters):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for name in ("a.py", "b.py", "c.txt", "d.txt"):
+        (folder / name).write_text(f"import the_same_module\n{name}\n")
+    for code, num_changed in (("false", 1), ("true", 3)):
+        filters.write_text(f"duplicate_lines: {{min_characters: 8, code: {code}}}")
+        run_here(*arguments(folder, small_tokenizer, tmp_path / code, filters))
+        flow = load_manifest(tmp_path / code).ledger["x"]["filters"]["duplicate_lines"]
+        assert flow["documents_changed"] == num_changed
+
+
 def test_seen_says_what_a_set_says():
     rng = random.Random(3)
     seen, known = Seen(), set()
@@ -293,7 +305,10 @@ def test_the_same_filters_again_do_nothing_and_others_are_refused(tmp_path, smal
     assert "complete, nothing to do" in capsys.readouterr().out
     filters.write_text(FILTERS.replace("8", "9"))
     message = fails(*arguments(source, small_tokenizer, out, filters))
-    assert "was made with filters.duplicate_lines {'min_characters': 8} but {'min_characters': 9}" in message
+    assert (
+        "was made with filters.duplicate_lines {'min_characters': 8, 'code': False} but {'min_characters': 9,"
+        in message
+    )
     assert f"PREP_ARGS='--filters {filters}'" in message
     message = fails(*arguments(source, small_tokenizer, out, filters, "--filters", "none"))
     assert "was made with filters.exact_duplicates {} but 'off' is asked for" in message

@@ -10,7 +10,7 @@ from conftest import write_jsonl
 
 from data_prep.catalog import read_entry
 from data_prep.errors import UserError
-from data_prep.filter_settings import OPTIONS, make_filters
+from data_prep.filter_settings import OPTIONS, load_filters, make_filters
 
 
 def test_all_mistakes_are_told_at_once_with_what_was_meant():
@@ -69,6 +69,18 @@ def test_filters_may_stand_in_the_yaml_of_a_dataset(tmp_path):
     path.write_text(head + "filters:\n  pi: true\n")
     with pytest.raises(UserError, match=r"mine.yaml: filters.pi: unknown filter. Did you mean pii\?"):
         read_entry(path)
+
+
+def test_the_filters_of_the_docs_are_filters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "evaluation.jsonl", ["some text"])
+    page = (Path(__file__).parents[2] / "docs" / "corpus.md").read_text(encoding="utf-8")
+    Path("filters.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    filters = make_filters(load_filters("filters.yaml"), "")
+    table = [
+        line.split("|")[1].strip(" `") for line in page.partition("## The filters")[2].splitlines() if "| `" in line
+    ]
+    assert set(filters.options) < set(OPTIONS) and table[: len(OPTIONS)] == list(OPTIONS)
 
 
 def test_without_filters_nothing_of_them_is_imported(tmp_path, small_tokenizer, run_cli):
