@@ -70,9 +70,7 @@ def screen_unit(job: Job) -> UnitResult:
                 keys = hash_bands(text, options["near_duplicates"])
                 has_bands.append(keys is not None)
                 bands += [keys] if keys is not None else []
-            if "duplicate_lines" in options and (
-                options["duplicate_lines"]["code"] or not sieve.is_code[records[i].file]
-            ):
+            if has_lines and (options["duplicate_lines"]["code"] or not sieve.is_code[records[i].file]):
                 found = hash_lines(text, options["duplicate_lines"]["min_characters"])
                 lines += [(num_rows + i, line, number) for line, number in found]
         status.append(here)
