@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.errors import UserError
+from data_prep.packing import CONCAT
 
 ROWS_PER_BATCH = 2**16
 # 24 bytes a document; the kept columns come on top.
@@ -82,6 +83,25 @@ class DocumentMap:
             return
         for number in range(self.number_at(max(first_token, 0)), self.number_at(end_token - 1) + 1):
             yield self.document(number)
+
+
+def count_cut(path: Path, num_tokens: int, block_size: int, packing: str) -> tuple[int, int]:
+    """(documents that a border of blocks cuts, documents longer than a block), from a document map.
+
+    Args:
+        num_tokens: of the split, where its last document ends.
+    """
+    num_cut = num_long = 0
+    with pa.memory_map(str(path)) as file:
+        firsts = [batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file)]
+    nexts = [each[0] for each in firsts[1:]] + [num_tokens]
+    for first, following in zip(firsts, nexts, strict=True) if firsts else ():
+        last = np.append(first[1:], following) - 1
+        is_long = last - first >= block_size
+        num_long += int(is_long.sum())
+        is_cut = is_long if packing != CONCAT else first // block_size != last // block_size
+        num_cut += int(is_cut.sum())
+    return num_cut, num_long
 
 
 def documents_between(folder: str | Path, split: str, first_token: int, end_token: int) -> list[Document]:
