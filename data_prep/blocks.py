@@ -2,9 +2,9 @@
 
 In: `data/<dataset>` and a split. Out: token ids by block number, block 0 being the first of shard 0. With block_size 4
 and the tokens 10 11 12 13 | 14 15 16 17 in one shard, `read([0, 1])` gives [[10, 11, 12, 13, 14], [14, 15, 16, 17,
--100]]: the last column is the token that follows the block, which the last position predicts. Where documents are packed
-(data_prep/packing.py) a block has its own length and nothing follows it: with the tokens 10 11 12 13 | 14 15 . . in two
-blocks, `read([0, 1])` gives [[10, 11, 12, 13, -100], [14, 15, -100, -100, -100]].
+-100]]: the last column is the token that follows the block, which the last position predicts. Where documents are
+packed (data_prep/packing.py) a block has its own length and nothing follows it: with the tokens 10 11 12 13 | 14 15 . .
+in two blocks, `read([0, 1])` gives [[10, 11, 12, 13, -100], [14, 15, -100, -100, -100]].
 """
 
 from pathlib import Path
@@ -172,7 +172,7 @@ class Blocks:
         try:
             lengths = np.load(path, mmap_mode="r" if self.num_blocks else None)
             if lengths.dtype != np.uint32 or lengths.shape != (self.num_blocks,):
-                raise ValueError(f"it holds {lengths.dtype} {lengths.shape}, not the lengths of {self.num_blocks:,} blocks")
+                raise ValueError(f"it holds {lengths.dtype} {lengths.shape}, not {self.num_blocks:,} lengths")
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"{path} is missing or damaged: {error}. Without it padding cannot be told from text. "

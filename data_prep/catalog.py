@@ -45,6 +45,11 @@ class DatasetEntry:
     num_bytes: int | None = None  # UTF-8 bytes of text
     num_tokens: int | None = None
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether its blocks have padding."""
+        return self.packing != CONCAT
+
 
 def entry_names() -> list[str]:
     """The names of all datasets in the catalogue, sorted."""

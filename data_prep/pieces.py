@@ -18,7 +18,6 @@ from data_prep.arrays import to_numpy
 from data_prep.blocks import Blocks
 
 SCHEMA = pa.schema([("position", pa.uint64()), ("first_token", pa.uint64())])
-NOWHERE = -1
 _WINDOWS_KEPT = 4
 
 
@@ -45,7 +44,7 @@ class PieceMap:
         self._load = lru_cache(_WINDOWS_KEPT)(self._load_window)
 
     def windows(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(position, first token in the stream, number of tokens) of the pieces of each window, in block order; int64."""
+        """(position, first token in the stream, tokens) of the pieces of each window, in block order; int64."""
         for number in range(len(self._windows)):
             yield self._load_window(number)[:3]
 
@@ -75,12 +74,14 @@ class PieceMap:
             number += 1
 
     def token_at(self, position: int) -> int:
-        """The place in the stream of the token at a position; NOWHERE for padding."""
-        return next((token for _, _, token in self.pieces(position, position + 1)), NOWHERE)
+        """The place in the stream of the token at a position.
 
-    def position_of(self, token: int) -> int:
-        """The position of a token of the stream; NOWHERE behind its end."""
-        return next((position for position, _ in self.ranges(token, token + 1)), NOWHERE)
+        Raises:
+            IndexError: there is padding.
+        """
+        for _, _, token in self.pieces(position, position + 1):
+            return token
+        raise IndexError(f"{self.blocks.folder}/{self.blocks.split}: position {position} is padding")
 
     def _load_window(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         batch = pa.Table.from_batches([self._windows[number]])

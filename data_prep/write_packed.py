@@ -8,6 +8,7 @@ deleted as soon as no later shard does. What an earlier attempt wrote stays: the
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,9 @@ class _MapWriter:
         self.num_blocks = self.num_tokens = 0
 
     def __enter__(self) -> "_MapWriter":
-        self._files = [open(path.with_suffix(".tmp"), "wb") for path in self.paths]
+        with ExitStack() as stack:
+            self._files = [stack.enter_context(open(path.with_suffix(".tmp"), "wb")) for path in self.paths]
+            self._stack = stack.pop_all()
         self._begin = self._write_header()
         self._pieces = pa.ipc.new_stream(self._files[1], SCHEMA)
         return self
@@ -125,10 +128,9 @@ class _MapWriter:
         self._files[0].seek(0)
         # NumPy leaves room in the header for a number of any size, so that it can be put in afterwards
         assert self._write_header() == self._begin
-        for file, path in zip(self._files, self.paths, strict=True):
-            file.close()
-            if kind is None:
-                put_in_place(path.with_suffix(".tmp"), path)
+        self._stack.close()
+        for path in self.paths if kind is None else ():
+            put_in_place(path.with_suffix(".tmp"), path)
 
     def add(self, window: _Window, block_size: int) -> None:
         lengths = window.packed.block_lengths
