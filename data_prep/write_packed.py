@@ -8,6 +8,7 @@ deleted as soon as no later shard does. What an earlier attempt wrote stays: the
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,37 +73,52 @@ def write_packed_split(
     pieces_path(folder, split).parent.mkdir(exist_ok=True)
     shards: list[ShardInfo] = []
     waiting: deque[_Window] = deque()
+    writing: deque[tuple[Future[ShardInfo], int]] = deque()  # and up to which token its runs are not needed after it
     num_used = 0  # runs that no later shard needs
-    with _MapWriter(folder, split) as maps:
+
+    def write(path: Path, blocks: np.ndarray | None, rows: int) -> ShardInfo:
+        if blocks is not None:
+            write_shard(path, blocks.reshape(-1), block_size)
+        return ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
+
+    def settle() -> None:
+        nonlocal num_used
+        future, end = writing.popleft()
+        shards.append(future.result())
+        while num_used < len(units) and starts[num_used + 1] <= end:
+            run_path(work, units[num_used].key, run).unlink(missing_ok=True)
+            num_used += 1
+
+    with _MapWriter(folder, split) as maps, ThreadPoolExecutor(1) as pool:  # one shard is filled, one written
         plans = _plan_windows(_document_lengths(work, bucket[0], split, units), block_size, packing)
         end_token = end_block = 0  # of what is planned
+        number = 0
         while True:
-            first = len(shards) * rows_per_shard
+            first = number * rows_per_shard
             while end_block < first + rows_per_shard and (window := next(plans, None)) is not None:
                 maps.add(window, block_size)
                 waiting.append(window)
                 end_token, end_block = window.first_token + window.num_tokens, window.end_block
             rows = max(min(rows_per_shard, end_block - first), 0)
-            if not rows and shards:
+            if not rows and number:
                 break
-            path = folder / split / f"data-{len(shards):05d}.arrow"
+            path, blocks = folder / split / f"data-{number:05d}.arrow", None
             if not path.exists():
-                out = np.full((rows, block_size), fill, dtype=dtype)
+                blocks = np.full((rows, block_size), fill, dtype=dtype)
                 for window in waiting:
                     if window.tokens is None:
                         end = window.first_token + window.num_tokens
                         window.tokens = read_range(work, run, units, starts, window.first_token, end, dtype)
-                    _fill_blocks(out, window, first)
+                    _fill_blocks(blocks, window, first)
                     if window.end_block <= first + rows:
                         window.tokens = None
-                write_shard(path, out.reshape(-1), block_size)
             while waiting and waiting[0].end_block <= first + rows:
                 waiting.popleft()
-            still_needed = waiting[0].first_token if waiting else end_token
-            while num_used < len(units) and starts[num_used + 1] <= still_needed:
-                run_path(work, units[num_used].key, run).unlink(missing_ok=True)
-                num_used += 1
-            shards.append(ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path)))
+            if writing:
+                settle()
+            writing.append((pool.submit(write, path, blocks, rows), waiting[0].first_token if waiting else end_token))
+            number += 1
+        settle()
     write_dataset_files(folder / split, split, shards, block_size, dtype)
     num_padding = end_block * block_size - maps.num_tokens
     return PackedSplit(tuple(shards), num_padding, *(sha256_of(path) for path in maps.paths))
