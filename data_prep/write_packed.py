@@ -7,10 +7,11 @@ deleted as soon as no later shard does. What an earlier attempt wrote stays: the
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,19 @@ class PackedSplit:
 @dataclass
 class _Window:
     packed: Packed
-    first_token: int  # of the window, in the stream
-    num_tokens: int
+    first_token: int  # in the stream
+    end_token: int
     first_block: int
     end_block: int
-    tokens: np.ndarray | None = None  # read when they are needed
+    tokens: np.ndarray | None = None  # while a shard needs them
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    num_blocks: int
+    blocks: np.ndarray | None  # (num_blocks, block_size); None where an earlier attempt wrote it
+    end_token: int  # up to which no later shard needs the stream
 
 
 def write_packed_split(
@@ -68,67 +77,77 @@ def write_packed_split(
     """
     run = run_name(bucket[1], split)
     starts = np.cumsum([0, *(unit.num_tokens[run] for unit in units)], dtype=np.int64)
-    rows_per_shard = max(align.SHARD_TOKENS // block_size, 1)
     (folder / split).mkdir(exist_ok=True)
     pieces_path(folder, split).parent.mkdir(exist_ok=True)
+
+    def read(first: int, end: int) -> np.ndarray:
+        return read_range(work, run, units, starts, first, end, dtype)
+
     shards: list[ShardInfo] = []
-    waiting: deque[_Window] = deque()
-    writing: deque[tuple[Future[ShardInfo], int]] = deque()  # and up to which token its runs are not needed after it
     num_used = 0  # runs that no later shard needs
-
-    def write(path: Path, blocks: np.ndarray | None, rows: int) -> ShardInfo:
-        if blocks is not None:
-            write_shard(path, blocks.reshape(-1), block_size)
-        return ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
-
-    def settle() -> None:
-        nonlocal num_used
-        future, end = writing.popleft()
-        shards.append(future.result())
-        while num_used < len(units) and starts[num_used + 1] <= end:
-            run_path(work, units[num_used].key, run).unlink(missing_ok=True)
-            num_used += 1
-
-    with _MapWriter(folder, split) as maps, ThreadPoolExecutor(1) as pool:  # one shard is filled, one written
-        plans = _plan_windows(_document_lengths(work, bucket[0], split, units), block_size, packing)
-        end_token = end_block = 0  # of what is planned
-        number = 0
-        while True:
-            first = number * rows_per_shard
-            while end_block < first + rows_per_shard and (window := next(plans, None)) is not None:
-                maps.add(window, block_size)
-                waiting.append(window)
-                end_token, end_block = window.first_token + window.num_tokens, window.end_block
-            rows = max(min(rows_per_shard, end_block - first), 0)
-            if not rows and number:
-                break
-            path, blocks = folder / split / f"data-{number:05d}.arrow", None
-            if not path.exists():
-                blocks = np.full((rows, block_size), fill, dtype=dtype)
-                for window in waiting:
-                    if window.tokens is None:
-                        end = window.first_token + window.num_tokens
-                        window.tokens = read_range(work, run, units, starts, window.first_token, end, dtype)
-                    _fill_blocks(blocks, window, first)
-                    if window.end_block <= first + rows:
-                        window.tokens = None
-            while waiting and waiting[0].end_block <= first + rows:
-                waiting.popleft()
-            if writing:
-                settle()
-            writing.append((pool.submit(write, path, blocks, rows), waiting[0].first_token if waiting else end_token))
-            number += 1
-        settle()
+    lengths = _document_lengths(work, bucket[0], split, units)
+    with _MapWriter(folder, split, block_size) as maps, ThreadPoolExecutor(1) as pool:
+        windows = map(maps.add, _plan_windows(lengths, block_size, packing))
+        writing: tuple[_Shard, Future[ShardInfo]] | None = None
+        for shard in chain(_fill_shards(folder / split, windows, block_size, dtype, fill, read), [None]):
+            if writing is not None:  # it was written while this one was filled
+                shards.append(writing[1].result())
+                while num_used < len(units) and starts[num_used + 1] <= writing[0].end_token:
+                    run_path(work, units[num_used].key, run).unlink(missing_ok=True)
+                    num_used += 1
+            writing = None if shard is None else (shard, pool.submit(_write, shard, split, block_size))
     write_dataset_files(folder / split, split, shards, block_size, dtype)
-    num_padding = end_block * block_size - maps.num_tokens
+    num_padding = maps.num_blocks * block_size - maps.num_tokens
     return PackedSplit(tuple(shards), num_padding, *(sha256_of(path) for path in maps.paths))
+
+
+def _fill_shards(
+    folder: Path,
+    windows: Iterator[_Window],
+    block_size: int,
+    dtype: np.dtype,
+    fill: int,
+    read: Callable[[int, int], np.ndarray],
+) -> Iterator[_Shard]:
+    """Shards of SHARD_TOKENS // block_size blocks, the last one the rest; one without blocks where there are none."""
+    rows_per_shard = max(align.SHARD_TOKENS // block_size, 1)
+    waiting: deque[_Window] = deque()  # planned, and not all in shards
+    end_token = end_block = 0  # of what is planned
+    for number in count():
+        first = number * rows_per_shard
+        while end_block < first + rows_per_shard and (window := next(windows, None)) is not None:
+            waiting.append(window)
+            end_token, end_block = window.end_token, window.end_block
+        end = min(first + rows_per_shard, end_block)
+        if end <= first and number:
+            return
+        path, blocks = folder / f"data-{number:05d}.arrow", None
+        if not path.exists():
+            blocks = np.full((end - first, block_size), fill, dtype=dtype)
+            for window in waiting:
+                if window.tokens is None:
+                    window.tokens = read(window.first_token, window.end_token)
+                _fill_blocks(blocks, window, first)
+                if window.end_block <= end:
+                    window.tokens = None
+        while waiting and waiting[0].end_block <= end:
+            waiting.popleft()
+        yield _Shard(path, end - first, blocks, waiting[0].first_token if waiting else end_token)
+
+
+def _write(shard: _Shard, split: str, block_size: int) -> ShardInfo:
+    if shard.blocks is not None:
+        write_shard(shard.path, shard.blocks.reshape(-1), block_size)
+    size = shard.path.stat().st_size
+    return ShardInfo(f"{split}/{shard.path.name}", shard.num_blocks, size, sha256_of(shard.path))
 
 
 class _MapWriter:
     """Writes lengths.npy and the piece map while blocks are planned; both are in place when it is left."""
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: Path, split: str, block_size: int):
         self.paths = lengths_path(folder, split), pieces_path(folder, split)
+        self.block_size = block_size
         self.num_blocks = self.num_tokens = 0
 
     def __enter__(self) -> "_MapWriter":
@@ -148,15 +167,17 @@ class _MapWriter:
         for path in self.paths if kind is None else ():
             put_in_place(path.with_suffix(".tmp"), path)
 
-    def add(self, window: _Window, block_size: int) -> None:
+    def add(self, window: _Window) -> _Window:
+        """Note a planned window; it comes back."""
         lengths = window.packed.block_lengths
         self.num_blocks += len(lengths)
         self.num_tokens += int(lengths.sum())
         self._files[0].write(lengths.astype("<u4").data)
-        position = (window.packed.block + window.first_block) * block_size + window.packed.offset
+        position = (window.packed.block + window.first_block) * self.block_size + window.packed.offset
         columns = (position, window.packed.first + window.first_token)
         arrays = [from_numpy(each.astype(np.uint64)) for each in columns]
         self._pieces.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        return window
 
     def _write_header(self) -> int:
         shape = {"descr": "<u4", "fortran_order": False, "shape": (self.num_blocks,)}
@@ -168,9 +189,9 @@ def _plan_windows(lengths: Iterator[np.ndarray], block_size: int, packing: str) 
     first_token = first_block = 0
     for documents in iter_windows(lengths, block_size):
         packed = pack(documents, block_size, packing)
-        num_tokens, end_block = int(documents.sum()), first_block + int(packed.block[-1]) + 1
-        yield _Window(packed, first_token, num_tokens, first_block, end_block)
-        first_token, first_block = first_token + num_tokens, end_block
+        end_token, end_block = first_token + int(documents.sum()), first_block + int(packed.block[-1]) + 1
+        yield _Window(packed, first_token, end_token, first_block, end_block)
+        first_token, first_block = end_token, end_block
 
 
 def _document_lengths(work: Path, bucket: int, split: str, units: list[Taken]) -> Iterator[np.ndarray]:
