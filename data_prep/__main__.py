@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.packing import PACKINGS
 from data_prep.sizes import parse_bytes, parse_count
 
 SOURCES_HELP = (
@@ -102,6 +103,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "--filters",
         metavar="FILE",
         help="YAML that says what is left out or changed (docs/corpus.md), or none (default: the dataset's)",
+    )
+    prep.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        help="concat: one document after the other; best_fit: whole documents where they fit, little padding; pad: "
+        "every document begins a block (default: the dataset's, else concat)",
     )
     prep.add_argument(
         "--encoder",

@@ -47,6 +47,7 @@ class Options:
     buckets: Sequence[str] | None = None  # name=condition
     filters: str | None = None  # a YAML file, or none
     encoder: str = "auto"  # or hf
+    packing: str | None = None  # one of PACKINGS
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Plan:
     max_docs: int | None
     keep_columns: dict[str, str]  # of all sources together, and those that the buckets are by
     buckets: tuple[Bucket, ...]
+    packing: str
     filters: Filters | None = None
 
     @property
@@ -114,6 +116,7 @@ class Plan:
             "local_files": digest_files(self.local_files),
             "tokenizer": self.tokenizer,
             "block_size": self.block_size,
+            "packing": self.packing,
             "val_fraction": self.val_fraction,
             "val_max_tokens": self.val_max_tokens,
             "max_tokens": self.max_tokens,
@@ -164,6 +167,7 @@ def make_plan(options: Options) -> Plan:
         max_docs=options.max_docs,
         keep_columns={**kept, **condition_columns(buckets, kept, "prep: --buckets ")},
         buckets=buckets,
+        packing=options.packing or _only_default("--packing", [entry.packing for entry in entries]),
         filters=filters,
     )
 
