@@ -41,6 +41,15 @@ def make_stream(plan: Plan, files: list[tuple[int, SourceFile]]) -> Stream:
     )
 
 
+def make_screening(plan: Plan) -> Screening | None:
+    """Where a plan's filters look at more than one document, what decides about each unit."""
+    if plan.filters is None or not plan.filters.is_screened:
+        return None
+    from data_prep.screening import Screening
+
+    return Screening(plan.filters, {number for number, source in enumerate(plan.sources) if source.max_documents})
+
+
 def make_jobs(
     plan: Plan,
     stream: Stream,

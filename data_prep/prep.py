@@ -18,11 +18,10 @@ from data_prep.decontamination import INDEX_NAME, write_index
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
-from data_prep.filter_settings import rule_filter
 from data_prep.filters import check_installed
 from data_prep.hub import list_hub_files
-from data_prep.jobs import make_jobs, make_stream
-from data_prep.ledger import Counts, describe_ledger, ledger_entry, no_value_rule
+from data_prep.jobs import make_jobs, make_screening, make_stream
+from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
 from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
 from data_prep.output import write_dataset, write_whole
@@ -30,7 +29,7 @@ from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_encoder, give_up
-from data_prep.removed import describe_filters
+from data_prep.removed import describe_filters, describe_left_out
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
@@ -92,6 +91,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
         _remove(plan, OWN_NAMES)
         work.mkdir()
         save_request(plan)
+    if plan.filters is not None and "decontaminate" in plan.filters.options:
+        print("\n".join(write_index(plan.filters, work / INDEX_NAME)), file=sys.stderr)
 
     # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
     tokenizer = _settle_tokenizer(plan, stream, validation["threshold"], work)
@@ -99,8 +100,6 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream. The fast encoder has
     # to prove itself; when it fails later, the reference does everything again.
     state_path = work / ALIGN_STATE
-    if plan.filters is not None and "decontaminate" in plan.filters.options:
-        print("\n".join(write_index(plan.filters, work / INDEX_NAME)), file=sys.stderr)
     if state_path.exists():
         state = json.loads(state_path.read_text(encoding="utf-8"))
     else:
@@ -239,12 +238,7 @@ def _encode(
     is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
     progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
     units = []
-    screening = None
-    if plan.filters is not None and plan.filters.is_screened:
-        from data_prep.screening import Screening
-
-        capped = {number for number, source in enumerate(plan.sources) if source.max_documents}
-        screening = Screening(plan.filters, capped)
+    screening = make_screening(plan)
     jobs = make_jobs(plan, stream, tokenizer, encoder, threshold, screening)
     try:
         for job, result in workers.run(jobs, progress.add_text):
@@ -314,21 +308,9 @@ def _check_length(plan: Plan, stream: Stream) -> None:
                 f"{where}: block_size is {plan.block_size:,} but the train documents have only {num_tokens:,} "
                 "tokens together, "
                 "so there is not one block to train on. Give more text, or a smaller block: "
-                f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}.{_describe_left_out(stream, number)}"
+                f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}."
+                + describe_left_out(counts[number] for counts in stream.counts.values())
             )
-
-
-def _describe_left_out(stream: Stream, number: int) -> str:
-    """What the filters left out of a dataset, where they may be why nothing is left."""
-    counts = Counts()
-    for each in stream.counts.values():
-        counts.add(each[number])
-    rules = {rule: num for rule, num in counts.num_filtered.items() if rule_filter(rule) in counts.filters}
-    if not rules:
-        return ""
-    num_documents = next(iter(counts.filters.values()))["documents_before"]
-    why = ", ".join(f"{rule} {num:,}" for rule, num in sorted(rules.items(), key=lambda item: -item[1]))
-    return f" The filters left out {sum(rules.values()):,} of {num_documents:,} documents: {why}."
 
 
 def _leave_nothing_unfinished(plan: Plan) -> None:

@@ -22,7 +22,7 @@ from data_prep.documents import files_path
 from data_prep.encode import run_path
 from data_prep.errors import UserError
 from data_prep.filter_settings import Filters, library_versions, rule_filter
-from data_prep.ledger import FIRST_RULE
+from data_prep.ledger import FIRST_RULE, Counts
 from data_prep.manifest import Manifest, load_manifest, sha256_of
 from data_prep.output import write_whole
 from data_prep.sizes import format_bytes
@@ -142,6 +142,19 @@ def describe_filters(ledger: dict[str, dict[str, Any]]) -> str:
         why = [f"{rule.partition(': ')[2]} {num:,}" for rule, num in reasons.items() if rule.startswith(f"{name}: ")]
         rows += [f"{name}: {', '.join(why)}"] if why else []
     return "\n".join(rows)
+
+
+def describe_left_out(all_counts: Iterable[Counts]) -> str:
+    """What the filters left out of a dataset, where they may be why nothing is left; empty without filters."""
+    total = Counts()
+    for counts in all_counts:
+        total.add(counts)
+    rules = {rule: num for rule, num in total.num_filtered.items() if rule_filter(rule) in total.filters}
+    if not rules:
+        return ""
+    num_documents = next(iter(total.filters.values()))["documents_before"]
+    why = ", ".join(f"{rule} {num:,}" for rule, num in sorted(rules.items(), key=lambda item: -item[1]))
+    return f" The filters left out {sum(rules.values()):,} of {num_documents:,} documents: {why}."
 
 
 def iter_removed(folder: Path) -> Iterator[str]:
