@@ -1,0 +1,103 @@
+"""Which bytes of which documents a range of tokens holds.
+
+In: a prepared dataset, a split and a range of its tokens. Out: one part per document, with the range of UTF-8 bytes of
+the document's text as it was tokenized, counted on demand from the lengths of the tokens; nothing of it is stored.
+
+    document "naïve plan" = [BOT] "na" "ïv" "e pl" | "an" [EOT], cut by a block border at |
+        this block: tokens 0 ... 4, bytes 0-9        the next one: tokens 4 ... 6, bytes 9-11
+
+Where a tokenizer changes text first (a normaliser, the space that SentencePiece puts in front), the bytes are those of
+the changed text: `Vocabulary.differences` says so in words, `Part.num_bytes` beside `Document.num_bytes` in numbers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.blocks import Blocks
+from data_prep.documents import Document, DocumentMap
+from data_prep.vocabulary import Vocabulary, on_one_line
+
+_AT_ONCE = 1 << 20  # tokens whose bytes are summed at once
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a range of tokens holds of one document.
+
+    `first_token` and `end_token` are positions in the split; `text_bytes[first_byte:end_byte]` of the document's text
+    as tokenized are exactly the bytes of those tokens. That text has `num_bytes`; None where the document ends beyond
+    the last block, so that they cannot be counted.
+    """
+
+    document: Document
+    first_token: int
+    end_token: int
+    first_byte: int
+    end_byte: int
+    num_bytes: int | None
+
+
+def parts_between(
+    folder: str | Path, split: str, first_token: int, end_token: int
+) -> tuple[list[Part], tuple[str, ...]]:
+    """The documents of tokens [first_token, end_token) of a split with their byte ranges.
+
+    Returns:
+        The parts, in order; and one sentence for each way in which text as tokenized may differ from the source.
+    Raises:
+        UserError: no such dataset, or a tokenizer whose tokens do not give the text back.
+    """
+    blocks, documents, vocabulary = Blocks(folder, split), DocumentMap(folder, split), Vocabulary(folder)
+    parts = find_parts(blocks, documents, vocabulary.lengths, first_token, end_token)
+    return parts, tuple(vocabulary.differences)
+
+
+def find_parts(
+    blocks: Blocks, documents: DocumentMap, lengths: np.ndarray, first_token: int, end_token: int
+) -> list[Part]:
+    """The documents of tokens [first_token, end_token) of a split, in order, with their byte ranges.
+
+    What lies beyond the last block is in no part: nothing can be read there.
+
+    Args:
+        lengths: bytes of each token id.
+    """
+    parts = []
+    end_token = min(end_token, blocks.num_tokens)
+    for document in documents.between(first_token, end_token):
+        first, end = max(document.first_token, first_token), min(document.end_token, end_token)
+        first_byte = count_bytes(blocks, lengths, document.first_token, first)
+        end_byte = first_byte + count_bytes(blocks, lengths, first, end)
+        is_whole = document.end_token <= blocks.num_tokens
+        num_bytes = end_byte + count_bytes(blocks, lengths, end, document.end_token) if is_whole else None
+        parts.append(Part(document, first, end, first_byte, end_byte, num_bytes))
+    return parts
+
+
+def count_bytes(blocks: Blocks, lengths: np.ndarray, first_token: int, end_token: int) -> int:
+    """Bytes of text in tokens [first_token, end_token) of a split."""
+    total, at = 0, first_token
+    while at < end_token:
+        shard = int(blocks.locate(np.array(at // blocks.block_size))[0])
+        start = int(blocks.shard_starts[shard]) * blocks.block_size
+        tokens = blocks.shard_tokens(shard)[at - start : min(end_token - start, at - start + _AT_ONCE)]
+        total += int(lengths[tokens].sum())
+        at += len(tokens)
+    return total
+
+
+def describe_document(document: Document, which: str) -> str:
+    """One line: where a document comes from, `which` bytes of it, and what the corpus says of it."""
+    kept = "".join(f", {name} {value}" for name, value in document.columns.items() if value is not None)
+    return on_one_line(f"{document.source}, record {document.record:,}, {which}{kept}")
+
+
+def describe_part(part: Part) -> str:
+    """One line: where the text comes from, and which bytes of it are here."""
+    num_bytes = part.document.num_bytes
+    of = f"{num_bytes:,}"
+    if part.num_bytes not in (None, num_bytes):
+        of = f"{part.num_bytes:,} as tokenized ({num_bytes:,} in the source)"
+    return describe_document(part.document, f"bytes {part.first_byte:,}-{part.end_byte:,} of {of}")
