@@ -151,13 +151,21 @@ def _make_parser() -> argparse.ArgumentParser:
         "--whole", action="store_true", help="whole texts (default: the first and last 200 tokens of long ones)"
     )
     inspect.set_defaults(run=_inspect)
-    for name, run, what in (
-        ("check", _check, "recount everything from the files and compare it with the manifest"),
-        ("stat", _stat, "counts, bytes per token, unigram entropy"),
-    ):
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        command.add_argument("dataset", help="a prepared dataset: its name or folder")
-        command.set_defaults(run=run)
+    check = commands.add_parser(
+        "check",
+        help="recount everything from the files and compare it with the manifest",
+        description="Recount everything from the files and compare it with the manifest.",
+    )
+    check.add_argument("dataset", help="a prepared dataset: its name or folder")
+    check.set_defaults(run=_check)
+    stat = commands.add_parser(
+        "stat",
+        help="count what is in a dataset, and draw it",
+        description="Count what is in a dataset: lengths, copies, ids; a short table, and an HTML page with pictures.",
+    )
+    stat.add_argument("dataset", help="a prepared dataset: its name or folder")
+    stat.add_argument("--html", metavar="FILE", help="where the page goes (default: stat.html in the dataset's folder)")
+    stat.set_defaults(run=_stat)
     commands.add_parser("datasets", help="list the named datasets").set_defaults(run=_datasets)
     return parser
 
@@ -220,9 +228,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _stat(options: argparse.Namespace) -> None:
     from data_prep.paths import dataset_folder
-    from data_prep.show import describe_statistics
+    from data_prep.stat_page import write_page
+    from data_prep.stat_text import describe_tally
+    from data_prep.tally import tally_dataset
 
-    print(describe_statistics(dataset_folder(options.dataset)))
+    folder = dataset_folder(options.dataset)
+    tally = tally_dataset(folder)
+    print(describe_tally(tally))
+    path = Path(options.html) if options.html else folder / "stat.html"
+    try:
+        write_page(tally, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}). Name another file with --html.") from error
+    print(f"pictures: {path}")
 
 
 def _datasets(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ Where a tokenizer changes text first (a normaliser, the space that SentencePiece
 the changed text: `Vocabulary.differences` says so in words, `Part.num_bytes` beside `Document.num_bytes` in numbers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from data_prep.blocks import Blocks
 from data_prep.documents import Document, DocumentMap
 from data_prep.vocabulary import Vocabulary, on_one_line
 
-_AT_ONCE = 1 << 20  # tokens whose bytes are summed at once
+_AT_ONCE = 1 << 20  # tokens that are looked at together: what is made of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,18 @@ def find_parts(
 
 def count_bytes(blocks: Blocks, lengths: np.ndarray, first_token: int, end_token: int) -> int:
     """Bytes of text in tokens [first_token, end_token) of a split."""
-    total, at = 0, first_token
+    return sum(int(lengths[tokens].sum()) for tokens in iter_tokens(blocks, first_token, end_token))
+
+
+def iter_tokens(blocks: Blocks, first_token: int, end_token: int) -> Iterator[np.ndarray]:
+    """Tokens [first_token, end_token) of a split in order: views of the memory map, of a million at most."""
+    at = first_token
     while at < end_token:
         shard = int(blocks.locate(np.array(at // blocks.block_size))[0])
         start = int(blocks.shard_starts[shard]) * blocks.block_size
         tokens = blocks.shard_tokens(shard)[at - start : min(end_token - start, at - start + _AT_ONCE)]
-        total += int(lengths[tokens].sum())
+        yield tokens
         at += len(tokens)
-    return total
 
 
 def describe_document(document: Document, which: str) -> str:

@@ -1,26 +1,16 @@
 """Looking at a prepared dataset: documents, blocks and ranges of tokens as text; and the table of named datasets.
 
-In: a prepared dataset. Out: text for people. Documents are decoded from their tokens, so what is shown is what a model
-sees; what would steer a terminal is shown as a sign.
+In: a prepared dataset. Out: lines for people.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data_prep.blocks import Blocks
 from data_prep.catalog import entry_names, load_entry
-from data_prep.documents import Document, DocumentMap
+from data_prep.dataset_text import BOLD, BORDER, DatasetText
 from data_prep.errors import UserError
-from data_prep.parts import Part, describe_document, describe_part, find_parts
 from data_prep.sizes import format_bytes, format_count
-from data_prep.tokenizer_folder import load_backend
-from data_prep.vocabulary import Vocabulary, show_unseen
-
-MAX_SHOWN_TOKENS = 200  # at each end of a text
-_BOLD, _BORDER, _CONTROL, _QUIET = "1", "36", "7;2", "2"  # as terminals number them
 
 
 @dataclass(frozen=True)
@@ -45,97 +35,40 @@ def iter_inspection(folder: Path, wanted: Wanted, colours: bool = False) -> Iter
     Raises:
         UserError: the range of tokens lies beyond the last block.
     """
-    return _Inspection(folder, wanted, colours).lines()
+    text = DatasetText(folder, wanted.split, colours)
+    blocks, documents = text.blocks, text.documents
+    blocks_text = f"{blocks.num_blocks:,} blocks of {blocks.block_size:,} tokens"
+    yield f"{folder}/{wanted.split}: {len(documents):,} documents, {blocks_text}"
+    yield from text.notes
+    if wanted.tokens is not None:
+        first, end = wanted.tokens
+        if end > blocks.num_tokens:
+            raise UserError(
+                f"{folder}: --tokens is {first}-{end} but the blocks of {wanted.split} hold "
+                f"{blocks.num_tokens} tokens. Name a range of 0-{blocks.num_tokens}."
+            )
+        yield text.paint(f"\n=== tokens {first:,} to {end:,}", BOLD)
+        yield from _iter_parts(text, first, end, "", wanted.is_whole)
+        return
+    for number in range(wanted.first_document, min(wanted.first_document + wanted.num_documents, len(documents))):
+        document = documents.document(number)
+        yield text.paint(f"\n=== document {number:,}: {text.describe(document)}", BOLD)
+        yield text.text(document.first_token, document.end_token, wanted.is_whole)
+    for number in range(wanted.first_block, min(wanted.first_block + wanted.num_blocks, blocks.num_blocks)):
+        start, end = number * blocks.block_size, (number + 1) * blocks.block_size
+        yield text.paint(f"\n=== block {number:,}: tokens {start:,} to {end:,}", BOLD)
+        yield from _iter_parts(text, start, end, " in the next block", wanted.is_whole)
+    remainder = blocks.manifest.splits[wanted.split].remainder_tokens
+    if remainder:
+        yield f"\n{remainder:,} tokens at the end of the split fill no block."
 
 
-class _Inspection:
-    def __init__(self, folder: Path, wanted: Wanted, colours: bool):
-        self.folder, self.wanted, self.colours = folder, wanted, colours
-        self.blocks, self.documents = Blocks(folder, wanted.split), DocumentMap(folder, wanted.split)
-        try:
-            self.vocabulary = Vocabulary(folder)
-            self.notes = self.vocabulary.differences
-        except UserError as error:  # decoded all the same, as its tokenizer decodes
-            self.vocabulary, self.notes = None, [f"Without byte ranges: {error}"]
-            self.backend = load_backend(folder / "tokenizer")
-
-    def lines(self) -> Iterator[str]:
-        """Everything that is wanted."""
-        wanted, blocks = self.wanted, self.blocks
-        blocks_text = f"{blocks.num_blocks:,} blocks of {blocks.block_size:,} tokens"
-        yield f"{self.folder}/{wanted.split}: {len(self.documents):,} documents, {blocks_text}"
-        yield from self.notes
-        if wanted.tokens is not None:
-            first, end = wanted.tokens
-            if end > blocks.num_tokens:
-                raise UserError(
-                    f"{self.folder}: --tokens is {first}-{end} but the blocks of {wanted.split} hold "
-                    f"{blocks.num_tokens} tokens. Name a range of 0-{blocks.num_tokens}."
-                )
-            yield self._paint(f"\n=== tokens {first:,} to {end:,}", _BOLD)
-            yield from self._range(first, end, "")
-            return
-        last = min(wanted.first_document + wanted.num_documents, len(self.documents))
-        for number in range(wanted.first_document, last):
-            document = self.documents.document(number)
-            where = describe_document(document, f"{document.num_bytes:,} bytes")
-            num_tokens = document.end_token - document.first_token
-            yield self._paint(f"\n=== document {number:,}: {where}, {num_tokens:,} tokens", _BOLD)
-            yield self._text(document.first_token, document.end_token)
-        for number in range(wanted.first_block, min(wanted.first_block + wanted.num_blocks, blocks.num_blocks)):
-            start, end = number * blocks.block_size, (number + 1) * blocks.block_size
-            yield self._paint(f"\n=== block {number:,}: tokens {start:,} to {end:,}", _BOLD)
-            yield from self._range(start, end, " in the next block")
-        remainder = blocks.manifest.splits[wanted.split].remainder_tokens
-        if remainder:
-            yield f"\n{remainder:,} tokens at the end of the split fill no block."
-
-    def _range(self, first_token: int, end_token: int, where: str) -> Iterator[str]:
-        for document, first, end, source in self._parts(first_token, end_token):
-            begun = "" if first == document.first_token else " (begun earlier)"
-            yield self._paint(f"--- document {document.number:,}{begun}: {source}", _BORDER)
-            yield self._text(first, end)
-            yield self._paint("--- end of document" if end == document.end_token else f"--- goes on{where}", _BORDER)
-
-    def _parts(self, first_token: int, end_token: int) -> Iterator[tuple[Document, int, int, str]]:
-        """Each document with its tokens here, and where it comes from."""
-        if self.vocabulary is not None:
-            part: Part
-            for part in find_parts(self.blocks, self.documents, self.vocabulary.lengths, first_token, end_token):
-                yield part.document, part.first_token, part.end_token, describe_part(part)
-            return
-        for document in self.documents.between(first_token, end_token):
-            first, end = max(document.first_token, first_token), min(document.end_token, end_token)
-            yield document, first, end, describe_document(document, f"{document.num_bytes:,} bytes")
-
-    def _text(self, first_token: int, end_token: int) -> str:
-        """Tokens [first_token, end_token) as text, without a long middle and what no block holds."""
-        end = max(min(end_token, self.blocks.num_tokens), first_token)
-        num_left = end - first_token - 2 * MAX_SHOWN_TOKENS
-        if num_left <= 0 or self.wanted.is_whole:
-            text = self._decode(first_token, end)
-        else:
-            head = self._decode(first_token, first_token + MAX_SHOWN_TOKENS)
-            tail = self._decode(end - MAX_SHOWN_TOKENS, end)
-            text = "\n".join([head, self._paint(f"[... {num_left:,} tokens not shown ...]", _QUIET), tail])
-        if end < end_token:
-            text += self._paint(f"\n[... {end_token - end:,} tokens lie beyond the last block]", _QUIET)
-        return text
-
-    def _decode(self, first_token: int, end_token: int) -> str:
-        tokens = self.blocks.token_at(np.arange(first_token, end_token))
-        if self.vocabulary is None:
-            return show_unseen(self.backend.decode(tokens.tolist(), skip_special_tokens=False))
-        pieces = [show_unseen(text) for text in self.vocabulary.texts(tokens)]
-        return "".join(
-            self._paint(text, _CONTROL) if self.vocabulary.is_control(token) else text
-            for text, token in zip(pieces, tokens.tolist(), strict=True)
-        )
-
-    def _paint(self, text: str, style: str) -> str:
-        """The text in a style; line ends in front of it stay plain."""
-        plain = text.lstrip("\n")
-        return text[: len(text) - len(plain)] + f"\x1b[{style}m{plain}\x1b[0m" if self.colours else text
+def _iter_parts(text: DatasetText, first_token: int, end_token: int, where: str, is_whole: bool) -> Iterator[str]:
+    for document, first, end, source in text.parts(first_token, end_token):
+        begun = "" if first == document.first_token else " (begun earlier)"
+        yield text.paint(f"--- document {document.number:,}{begun}: {source}", BORDER)
+        yield text.text(first, end, is_whole)
+        yield text.paint("--- end of document" if end == document.end_token else f"--- goes on{where}", BORDER)
 
 
 def describe_catalogue() -> str:

@@ -122,8 +122,8 @@ def test_inspect_colours_a_terminal_and_nothing_else(dataset):
     assert "=== block 0: tokens 0 to 16" in done.stdout and "\x1b" not in done.stdout
 
 
-def test_stat_gives_the_unigram_entropy_of_the_train_blocks(dataset, capsys):
-    assert main(["stat", str(dataset)]) == 0
+def test_stat_gives_the_unigram_entropy_of_the_train_blocks(dataset, tmp_path, capsys):
+    assert main(["stat", str(dataset), "--html", str(tmp_path / "stat.html")]) == 0
     shown = capsys.readouterr().out
     counts = np.unique(Blocks(dataset, "train").shard_tokens(0), return_counts=True)[1]
     entropy = -sum(count / counts.sum() * math.log(count / counts.sum()) for count in counts)
