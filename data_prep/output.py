@@ -14,6 +14,7 @@ from data_prep.documents import files_path
 from data_prep.ledger import LedgerError, find_imbalances
 from data_prep.manifest import SPLITS, Manifest, SplitInfo, TokenizerInfo, content_fingerprint, token_dtype
 from data_prep.plan import Plan, describe_files
+from data_prep.progress import Progress
 from data_prep.sources import SourceFile
 
 
@@ -26,6 +27,7 @@ def write_dataset(
     tokenizer: TokenizerInfo,
     encoder: dict[str, Any],
     validation: dict[str, Any],
+    progress: Progress,
 ) -> Manifest:
     """Write everything of a dataset but its manifest; what an earlier attempt wrote stays.
 
@@ -43,7 +45,7 @@ def write_dataset(
     write_whole(files_path(folder), describe_files(files, plan.sources))
     splits = {}
     for split in SPLITS:
-        shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype)
+        shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype, progress)
         counts = [entry[split] for entry in ledger.values()]
         num_tokens, num_blocks = sum(each["num_tokens"] for each in counts), sum(shard.num_blocks for shard in shards)
         splits[split] = SplitInfo(

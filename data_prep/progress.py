@@ -10,6 +10,7 @@ import time
 from data_prep.sizes import format_bytes, format_count
 
 LINE_EVERY_S = 30
+BAR_EVERY_S = 0.2
 
 
 class Progress:
@@ -24,7 +25,7 @@ class Progress:
     def __init__(self, stage: str, total: int | None, unit: str = "B"):
         self.stage, self.total, self.unit = stage, total, unit
         self.num_done = self.num_done_before = self.num_text_bytes = self.num_tokens = 0
-        self.started_s = self.last_line_s = time.monotonic()
+        self.started_s = self.last_line_s = self.last_drawn_s = time.monotonic()
         self.has_printed = False
         self.bar = None
         if sys.stderr.isatty():
@@ -33,7 +34,7 @@ class Progress:
             suffix = "B" if unit == "B" else f" {unit}"
             known = f"{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}}{suffix} [{{elapsed}}<{{remaining}}{{postfix}}]"
             unknown = f"{{desc}}: {{n_fmt}}{suffix} [{{elapsed}}{{postfix}}]"
-            # smoothing 0: the time left follows from the mean speed, which leaves out what bar.initial counts
+            # smoothing 0: the time left follows from the mean speed, which leaves out what `initial` counts
             self.bar = tqdm(
                 total=total,
                 desc=stage,
@@ -56,27 +57,32 @@ class Progress:
             was_done: By an earlier attempt: they took no time of this one.
         """
         self.num_done += num
+        if self.total:  # which was estimated, where input is compressed
+            self.total = max(self.total, self.num_done)
         if was_done:
             self.num_done_before += num
-            if self.bar is not None:
-                self.bar.initial += num
-        if self.bar is not None:
-            self.bar.update(num)
         self._show()
 
+    def finish(self) -> None:
+        """Everything is done: a total that was estimated is known now."""
+        if self.total:
+            self.total = self.num_done
+
     def close(self) -> None:
-        """End the bar; where lines were printed, a last one says how it ended."""
+        """End the bar; where lines were printed, a last one says how it ended. May be called again."""
         if self.bar is not None:
-            self.bar.set_postfix_str(self.describe_speed(), refresh=False)
-            self.bar.refresh()
+            self._draw()
             self.bar.close()
         elif self.has_printed:
             self._print_line()
+        self.bar, self.has_printed = None, False
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self.finish()
         self.close()
 
     def describe_speed(self) -> str:
@@ -85,7 +91,7 @@ class Progress:
         speeds = []
         if self.num_text_bytes:
             speeds.append(f"{self.num_text_bytes / seconds / 1e6:.1f} MB/s of text")
-        elif self.unit == "B":
+        elif self.unit == "B" and self.num_done > self.num_done_before:
             speeds.append(f"{(self.num_done - self.num_done_before) / seconds / 1e6:.1f} MB/s")
         if self.num_tokens:
             speeds.append(f"{format_count(int(self.num_tokens / seconds))} tokens/s")
@@ -100,10 +106,15 @@ class Progress:
 
     def _show(self) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str(self.describe_speed(), refresh=False)
-            self.bar.update(0)
+            if time.monotonic() - self.last_drawn_s >= BAR_EVERY_S:
+                self._draw()
         elif time.monotonic() - self.last_line_s >= LINE_EVERY_S:
             self._print_line()
+
+    def _draw(self) -> None:
+        self.last_drawn_s = time.monotonic()
+        self.bar.n, self.bar.initial, self.bar.total = self.num_done, self.num_done_before, self.total
+        self.bar.set_postfix_str(self.describe_speed(), refresh=True)
 
     def _print_line(self) -> None:
         self.last_line_s, self.has_printed = time.monotonic(), True
@@ -113,6 +124,8 @@ class Progress:
             parts[0] += f" of {show(self.total)} ({self.num_done / self.total:.0%})"
         if self.num_done_before:
             parts.append(f"{show(self.num_done_before)} of it before")
+        if self.num_text_bytes:
+            parts.append(f"{format_bytes(self.num_text_bytes)} of text")
         parts.append(self.describe_speed())
         seconds = self.seconds_left()
         if seconds is not None:

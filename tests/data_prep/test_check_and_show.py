@@ -3,20 +3,15 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import main, run_here, write_jsonl
+from conftest import main, run_here, run_on_terminal, write_jsonl
 
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
 from data_prep.vocabulary import Vocabulary
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +29,9 @@ def copy(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "copy")
 
 
-def test_an_intact_dataset_passes(dataset, capsys):
-    run_here("check", dataset)
-    assert "every count and checksum holds" in capsys.readouterr().out
+def test_an_intact_dataset_passes(dataset):
+    shown = run_on_terminal("check", dataset)
+    assert "checksums: 100%" in shown and "every count and checksum holds" in shown
 
 
 @pytest.mark.parametrize(
@@ -113,13 +108,13 @@ def test_blocks_opened_whole_give_the_split_back(dataset, capsys):
     assert "".join(text) == "".join(vocabulary.texts(blocks.token_at(range(blocks.num_tokens))))
 
 
-def test_inspect_colours_a_terminal_and_nothing_else(dataset):
-    command = f"{sys.executable} -m data_prep inspect {dataset} --documents 0 --show 1"
-    done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, cwd=ROOT)
-    assert "\x1b[1m=== block 0: tokens 0 to 16\x1b[0m" in done.stdout
-    assert "\x1b[7;2m[BOT]\x1b[0mDocument" in done.stdout and "\x1b[36m--- goes on" in done.stdout
-    done = subprocess.run(command.split(), capture_output=True, text=True, cwd=ROOT)
-    assert "=== block 0: tokens 0 to 16" in done.stdout and "\x1b" not in done.stdout
+def test_inspect_colours_a_terminal_and_nothing_else(dataset, capsys):
+    shown = run_on_terminal("inspect", dataset, "--documents", 0, "--show", 1)
+    assert "\x1b[1m=== block 0: tokens 0 to 16\x1b[0m" in shown
+    assert "\x1b[7;2m[BOT]\x1b[0mDocument" in shown and "\x1b[36m--- goes on" in shown
+    run_here("inspect", dataset, "--documents", 0, "--show", 1)
+    shown = capsys.readouterr().out
+    assert "=== block 0: tokens 0 to 16" in shown and "\x1b" not in shown
 
 
 def test_stat_gives_the_unigram_entropy_of_the_train_blocks(dataset, tmp_path, capsys):

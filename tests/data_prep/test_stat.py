@@ -137,7 +137,7 @@ def test_the_page_shows_everything_and_loads_nothing(dataset, capsys):
         f"{int(tally.counts[best]):,}",
         f"{int((tally.counts == 0).sum())} of {len(tally.counts)} ids are never used",
         "empty1 (0.568 %)",
-        f"{tally.splits['train'].repeats.most[0][0]} times in train, first in two/two.jsonl, record 10, 5 bytes, score 1.5",
+        f"{tally.splits['train'].repeats.most[0][0]} times in train, first in two/two.jsonl, record 10, 5 bytes,",
         *(source.name for source in tally.sources),
         manifest.fingerprint[:16],
     ):
