@@ -38,51 +38,51 @@ class RepeatFinder:
 
     def __init__(self) -> None:
         self.one_in = 1
-        self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._num_kept = 0
+        self._hashes: list[np.ndarray] = []
+        self._numbers: list[np.ndarray] = []
+        self._num_tokens: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray, numbers: np.ndarray, num_tokens: np.ndarray) -> None:
         """Documents with their hashes (uint64), numbers in the split (int64) and lengths."""
-        self._kept.append(self._choose(hashes, numbers, num_tokens.astype(np.uint32)))
-        self._num_kept += len(self._kept[-1][0])
+        is_kept = hashes % self.one_in == 0
+        self._hashes.append(hashes[is_kept])
+        self._numbers.append(numbers[is_kept])
+        self._num_tokens.append(num_tokens[is_kept].astype(np.uint32))
+        self._num_kept += len(self._hashes[-1])
         while self._num_kept > MAX_KEPT:
             self.one_in *= 2
-            self._kept = [self._choose(*each) for each in self._kept]
-            self._num_kept = sum(len(hashes) for hashes, _, _ in self._kept)
+            kept = [hashes % self.one_in == 0 for hashes in self._hashes]
+            for column in (self._hashes, self._numbers, self._num_tokens):
+                column[:] = [values[is_kept] for values, is_kept in zip(column, kept, strict=True)]
+            self._num_kept = sum(len(hashes) for hashes in self._hashes)
 
     def hashes(self, one_in: int) -> np.ndarray:
         """The kept hashes that are divisible by `one_in`, each once."""
-        return np.unique(
-            np.concatenate([np.empty(0, np.uint64), *(each[0][each[0] % one_in == 0] for each in self._kept)])
-        )
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *(each[each % one_in == 0] for each in self._hashes)]))
 
     def find(self, num_most: int) -> Repeats:
-        """The result, with so many of the most repeated texts."""
-        kinds = (np.uint64, np.int64, np.uint32)
-        hashes, numbers, num_tokens = (
-            np.concatenate([np.empty(0, kind), *(each[column] for each in self._kept)])
-            for column, kind in enumerate(kinds)
-        )
+        """The result, with so many of the most repeated texts; the finder is empty then."""
+        hashes = _join(self._hashes, np.uint64)
         order = np.argsort(hashes, kind="stable")  # equal ones stay in the order of the documents
+        hashes = hashes[order]
         is_first = np.ones(len(order), dtype=bool)
-        is_first[1:] = np.diff(hashes[order]) != 0
+        is_first[1:] = hashes[1:] != hashes[:-1]
+        del hashes
         starts = np.flatnonzero(is_first)
         how_often = np.diff(np.append(starts, len(order)))
+        num_tokens = _join(self._num_tokens, np.uint32)
+        num_copied_tokens = int(num_tokens[order[~is_first]].sum(dtype=np.int64))
+        numbers = _join(self._numbers, np.int64)
         most = np.argsort(-how_often, kind="stable")[:num_most]
         return Repeats(
             self.one_in,
             len(order),
             len(order) - len(starts),
             int(num_tokens.sum(dtype=np.int64)),
-            int(num_tokens[order[~is_first]].sum(dtype=np.int64)),
+            num_copied_tokens,
             [(int(how_often[i]), int(numbers[order[starts[i]]])) for i in most if how_often[i] > 1],
         )
-
-    def _choose(self, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
-        if self.one_in == 1:
-            return columns
-        is_kept = columns[0] % self.one_in == 0
-        return tuple(column[is_kept] for column in columns)
 
 
 def hash_documents(blocks: Blocks, first: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -106,3 +106,10 @@ def hash_documents(blocks: Blocks, first: np.ndarray, end: np.ndarray) -> np.nda
 
 def _as_number(digests: bytes) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint64)
+
+
+def _join(parts: list[np.ndarray], kind: type) -> np.ndarray:
+    """All parts as one array; the list is emptied, so that nothing is held twice for long."""
+    joined = np.concatenate([np.empty(0, kind), *parts])
+    parts.clear()
+    return joined

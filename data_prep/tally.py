@@ -141,5 +141,6 @@ def _tally_split(
             progress.add_text(int(num_bytes[at:stop].sum()), int(num_tokens[at:stop].sum()))
             progress.add_input(int(num_tokens[at:stop].sum()))
             at = stop
+            blocks.close_before(int(end[at - 1]))
         number += len(first)
     return out
