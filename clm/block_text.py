@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.blocks import Blocks
+from data_prep.blocks import NO_TARGET, Blocks
 from data_prep.documents import DocumentMap
 from data_prep.parts import Part, find_parts
 
@@ -19,8 +19,8 @@ from data_prep.parts import Part, find_parts
 class BlockText:
     """One prepared block of P tokens with all that is known of it.
 
-    `tokens` is (P + 1,): the last is the one that follows, NO_TARGET after a shard's last block. `losses` is (P,):
-    position i holds the loss of token i + 1.
+    `tokens` is (P + 1,) as `Blocks.read` gives it: the last is the one that follows, or NO_TARGET; NO_TARGET for
+    padding. `losses` is (P,): position i holds the loss of token i + 1.
     """
 
     dataset: str
@@ -36,6 +36,11 @@ class BlockText:
     def first_token(self) -> int:
         """Position of its first token in the split."""
         return self.block * (len(self.tokens) - 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the block without padding."""
+        return int(np.count_nonzero(self.tokens[:-1] != NO_TARGET))
 
     @property
     def mean_loss(self) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.blocks import Blocks
-from data_prep.documents import Document, DocumentMap
+from data_prep.documents import Document, DocumentMap, Piece
 from data_prep.errors import UserError
 from data_prep.parts import describe_document, describe_part, find_parts
 from data_prep.tokenizer_folder import load_backend
@@ -42,28 +42,30 @@ class DatasetText:
             self.notes = [f"Without byte ranges: {error}"]
 
     def text(self, first_token: int, end_token: int, is_whole: bool = False) -> str:
-        """Tokens [first_token, end_token), without a long middle unless `is_whole`, and without what no block holds."""
-        end = max(min(end_token, self.blocks.num_tokens), first_token)
-        num_left = end - first_token - 2 * MAX_SHOWN_TOKENS
-        if num_left <= 0 or is_whole:
-            text = self._decode(first_token, end)
-        else:
-            head = self._decode(first_token, first_token + MAX_SHOWN_TOKENS)
-            tail = self._decode(end - MAX_SHOWN_TOKENS, end)
-            text = "\n".join([head, self.paint(f"[... {num_left:,} tokens not shown ...]", QUIET), tail])
-        if end < end_token:
-            text += self.paint(f"\n[... {end_token - end:,} tokens lie beyond the last block]", QUIET)
-        return text
+        """Tokens [first_token, end_token) of the stream, such as a document's, as `text_at` shows them."""
+        ranges = self.documents.ranges(first_token, end_token)
+        text = self.text_at(ranges, is_whole)
+        num_beyond = end_token - first_token - sum(end - first for first, end in ranges)
+        return text + self.paint(f"\n[... {num_beyond:,} tokens lie beyond the last block]", QUIET) * (num_beyond > 0)
 
-    def parts(self, first_token: int, end_token: int) -> Iterator[tuple[Document, int, int, str]]:
-        """The documents with tokens in a range: each with its first and end token there, and where it comes from."""
+    def text_at(self, ranges: list[tuple[int, int]], is_whole: bool = False) -> str:
+        """The tokens at these positions of the blocks, without a long middle unless `is_whole`."""
+        positions = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(*each) for each in ranges)])
+        num_left = len(positions) - 2 * MAX_SHOWN_TOKENS
+        if num_left <= 0 or is_whole:
+            return self._decode(positions)
+        middle = self.paint(f"[... {num_left:,} tokens not shown ...]", QUIET)
+        head, tail = self._decode(positions[:MAX_SHOWN_TOKENS]), self._decode(positions[-MAX_SHOWN_TOKENS:])
+        return "\n".join([head, middle, tail])
+
+    def pieces(self, first: int, end: int) -> Iterator[tuple[Piece, str]]:
+        """What the positions [first, end) of the blocks hold of documents, and where each comes from."""
         if self.vocabulary is not None:
-            for part in find_parts(self.blocks, self.documents, self.vocabulary.lengths, first_token, end_token):
-                yield part.document, part.first_token, part.end_token, describe_part(part)
+            for part in find_parts(self.blocks, self.documents, self.vocabulary.lengths, first, end):
+                yield part.piece, describe_part(part)
             return
-        for document in self.documents.between(first_token, end_token):
-            first, end = max(document.first_token, first_token), min(document.end_token, end_token)
-            yield document, first, end, self.describe(document)
+        for piece in self.documents.pieces(first, end):
+            yield piece, self.describe(piece.document)
 
     def describe(self, document: Document) -> str:
         """Where a whole document comes from, and how long it is."""
@@ -81,8 +83,8 @@ class DatasetText:
         plain = text.lstrip("\n")
         return text[: len(text) - len(plain)] + f"\x1b[{style}m{plain}\x1b[0m" if self.colours else text
 
-    def _decode(self, first_token: int, end_token: int) -> str:
-        tokens = self.blocks.token_at(np.arange(first_token, end_token))
+    def _decode(self, positions: np.ndarray) -> str:
+        tokens = self.blocks.token_at(positions)
         if self.vocabulary is None:
             return show_unseen(self.backend.decode(tokens.tolist(), skip_special_tokens=False))
         pieces = [show_unseen(text) for text in self.vocabulary.texts(tokens)]

@@ -1,7 +1,8 @@
 """Which bytes of which documents a range of tokens holds.
 
-In: a prepared dataset, a split and a range of its tokens. Out: one part per document, with the range of UTF-8 bytes of
-the document's text as it was tokenized, counted on demand from the lengths of the tokens; nothing of it is stored.
+In: a prepared dataset, a split and a range of positions in its blocks. Out: one part per piece of a document, with the
+range of UTF-8 bytes of the document's text as it was tokenized, counted on demand from the lengths of the tokens;
+nothing of it is stored.
 
     document "naïve plan" = [BOT] "na" "ïv" "e pl" | "an" [EOT], cut by a block border at |
         this block: tokens 0 ... 4, bytes 0-9        the next one: tokens 4 ... 6, bytes 9-11
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.blocks import Blocks
-from data_prep.documents import Document, DocumentMap
+from data_prep.documents import Document, DocumentMap, Piece
 from data_prep.vocabulary import Vocabulary, on_one_line
 
 _AT_ONCE = 1 << 20  # tokens that are looked at together: what is made of them stays in the cache
@@ -25,25 +26,37 @@ _AT_ONCE = 1 << 20  # tokens that are looked at together: what is made of them s
 
 @dataclass(frozen=True)
 class Part:
-    """What a range of tokens holds of one document.
+    """What a range of positions of a split holds of one document.
 
-    `first_token` and `end_token` are positions in the split; `text_bytes[first_byte:end_byte]` of the document's text
-    as tokenized are exactly the bytes of those tokens. That text has `num_bytes`; None where the document ends beyond
-    the last block, so that they cannot be counted.
+    `text_bytes[first_byte:end_byte]` of the document's text as tokenized are exactly the bytes of those tokens. That
+    text has `num_bytes`; None where the document ends beyond the last block, so that they cannot be counted.
     """
 
-    document: Document
-    first_token: int
-    end_token: int
+    piece: Piece
     first_byte: int
     end_byte: int
     num_bytes: int | None
+
+    @property
+    def document(self) -> Document:
+        """The document."""
+        return self.piece.document
+
+    @property
+    def first_token(self) -> int:
+        """Position of the first token."""
+        return self.piece.first_token
+
+    @property
+    def end_token(self) -> int:
+        """Position behind the last token."""
+        return self.piece.end_token
 
 
 def parts_between(
     folder: str | Path, split: str, first_token: int, end_token: int
 ) -> tuple[list[Part], tuple[str, ...]]:
-    """The documents of tokens [first_token, end_token) of a split with their byte ranges.
+    """The documents at the positions [first_token, end_token) of a split with their byte ranges.
 
     Returns:
         The parts, in order; and one sentence for each way in which text as tokenized may differ from the source.
@@ -58,32 +71,35 @@ def parts_between(
 def find_parts(
     blocks: Blocks, documents: DocumentMap, lengths: np.ndarray, first_token: int, end_token: int
 ) -> list[Part]:
-    """The documents of tokens [first_token, end_token) of a split, in order, with their byte ranges.
-
-    What lies beyond the last block is in no part: nothing can be read there.
+    """The documents at the positions [first_token, end_token) of a split, in their order, with their byte ranges.
 
     Args:
         lengths: bytes of each token id.
     """
+
+    def count(first: int, end: int) -> int:
+        """Bytes of tokens [first, end) of the stream."""
+        return sum(count_bytes(blocks, lengths, *each) for each in documents.ranges(first, end))
+
     parts = []
-    end_token = min(end_token, blocks.num_tokens)
-    for document in documents.between(first_token, end_token):
-        first, end = max(document.first_token, first_token), min(document.end_token, end_token)
-        first_byte = count_bytes(blocks, lengths, document.first_token, first)
-        end_byte = first_byte + count_bytes(blocks, lengths, first, end)
-        is_whole = document.end_token <= blocks.num_tokens
-        num_bytes = end_byte + count_bytes(blocks, lengths, end, document.end_token) if is_whole else None
-        parts.append(Part(document, first, end, first_byte, end_byte, num_bytes))
+    for piece in documents.pieces(first_token, end_token):
+        document = piece.document
+        first = document.first_token + piece.offset
+        end = first + piece.end_token - piece.first_token
+        first_byte = count(document.first_token, first)
+        end_byte = first_byte + count_bytes(blocks, lengths, piece.first_token, piece.end_token)
+        is_whole = documents.piece_map is not None or document.end_token <= blocks.num_tokens
+        parts.append(Part(piece, first_byte, end_byte, end_byte + count(end, document.end_token) if is_whole else None))
     return parts
 
 
 def count_bytes(blocks: Blocks, lengths: np.ndarray, first_token: int, end_token: int) -> int:
-    """Bytes of text in tokens [first_token, end_token) of a split."""
+    """Bytes of text at the positions [first_token, end_token) of a split, none of them padding."""
     return sum(int(lengths[tokens].sum()) for tokens in iter_tokens(blocks, first_token, end_token))
 
 
 def iter_tokens(blocks: Blocks, first_token: int, end_token: int) -> Iterator[np.ndarray]:
-    """Tokens [first_token, end_token) of a split in order: views of the memory map, of a million at most."""
+    """Tokens at the positions [first_token, end_token) in order: views of the memory map, of a million at most."""
     at = first_token
     while at < end_token:
         shard = int(blocks.locate(np.array(at // blocks.block_size))[0])

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from data_prep.blocks import Blocks
+from data_prep.documents import DocumentMap
 from data_prep.parts import iter_tokens
 
 MAX_KEPT = 2**24  # documents at 20 bytes each
@@ -85,9 +86,13 @@ class RepeatFinder:
         )
 
 
-def hash_documents(blocks: Blocks, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """64 bits of XXH3 of the ids of documents [first, end), which lie in the blocks (int64): uint64."""
+def hash_documents(blocks: Blocks, documents: DocumentMap, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """64 bits of XXH3 of the ids of documents [first, end) of the stream, which lie in the blocks (int64): uint64."""
     out = np.empty(len(first), dtype=np.uint64)
+    if blocks.is_padded:
+        for i in range(len(first)):
+            out[i] = _hash_ranges(blocks, documents.ranges(int(first[i]), int(end[i])))
+        return out
     starts = blocks.shard_starts * blocks.block_size
     shard, last = (np.searchsorted(starts, token, side="right") - 1 for token in (first, end - 1))
     for number in np.unique(shard).tolist():
@@ -97,11 +102,16 @@ def hash_documents(blocks: Blocks, first: np.ndarray, end: np.ndarray) -> np.nda
         ranges = zip(begin.tolist(), stop.tolist(), strict=True)
         out[here] = _as_number(b"".join([xxhash.xxh3_64_digest(ids[a:b]) for a, b in ranges]))
     for i in np.flatnonzero(shard != last).tolist():
-        digest = xxhash.xxh3_64()
-        for tokens in iter_tokens(blocks, int(first[i]), int(end[i])):
-            digest.update(tokens)
-        out[i] = _as_number(digest.digest())[0]
+        out[i] = _hash_ranges(blocks, [(int(first[i]), int(end[i]))])
     return out
+
+
+def _hash_ranges(blocks: Blocks, ranges: list[tuple[int, int]]) -> np.uint64:
+    digest = xxhash.xxh3_64()
+    for first, end in ranges:
+        for tokens in iter_tokens(blocks, first, end):
+            digest.update(tokens)
+    return _as_number(digest.digest())[0]
 
 
 def _as_number(digests: bytes) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.catalog import entry_names, load_entry
 from data_prep.dataset_text import BOLD, BORDER, DatasetText
 from data_prep.errors import UserError
@@ -48,7 +50,7 @@ def iter_inspection(folder: Path, wanted: Wanted, colours: bool = False) -> Iter
                 f"{blocks.num_tokens} tokens. Name a range of 0-{blocks.num_tokens}."
             )
         yield text.paint(f"\n=== tokens {first:,} to {end:,}", BOLD)
-        yield from _iter_parts(text, first, end, "", wanted.is_whole)
+        yield from _iter_pieces(text, first, end, "", wanted.is_whole)
         return
     for number in range(wanted.first_document, min(wanted.first_document + wanted.num_documents, len(documents))):
         document = documents.document(number)
@@ -57,18 +59,22 @@ def iter_inspection(folder: Path, wanted: Wanted, colours: bool = False) -> Iter
     for number in range(wanted.first_block, min(wanted.first_block + wanted.num_blocks, blocks.num_blocks)):
         start, end = number * blocks.block_size, (number + 1) * blocks.block_size
         yield text.paint(f"\n=== block {number:,}: tokens {start:,} to {end:,}", BOLD)
-        yield from _iter_parts(text, start, end, " in the next block", wanted.is_whole)
+        where = " in another block" if blocks.is_padded else " in the next block"
+        yield from _iter_pieces(text, start, end, where, wanted.is_whole)
+        num_padding = blocks.block_size - int(blocks.lengths_of(np.array(number)))
+        if num_padding:
+            yield text.paint(f"--- {num_padding:,} of padding", BORDER)
     remainder = blocks.manifest.splits[wanted.split].remainder_tokens
     if remainder:
         yield f"\n{remainder:,} tokens at the end of the split fill no block."
 
 
-def _iter_parts(text: DatasetText, first_token: int, end_token: int, where: str, is_whole: bool) -> Iterator[str]:
-    for document, first, end, source in text.parts(first_token, end_token):
-        begun = "" if first == document.first_token else " (begun earlier)"
-        yield text.paint(f"--- document {document.number:,}{begun}: {source}", BORDER)
-        yield text.text(first, end, is_whole)
-        yield text.paint("--- end of document" if end == document.end_token else f"--- goes on{where}", BORDER)
+def _iter_pieces(text: DatasetText, first: int, end: int, where: str, is_whole: bool) -> Iterator[str]:
+    for piece, source in text.pieces(first, end):
+        begun = " (begun earlier)" if piece.is_begun else ""
+        yield text.paint(f"--- document {piece.document.number:,}{begun}: {source}", BORDER)
+        yield text.text_at([(piece.first_token, piece.end_token)], is_whole)
+        yield text.paint(f"--- goes on{where}" if piece.goes_on else "--- end of document", BORDER)
 
 
 def describe_catalogue() -> str:

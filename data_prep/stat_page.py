@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.charts import Tick, draw_bars, draw_curve
 from data_prep.dataset_text import DatasetText
 from data_prep.lengths import Lengths
+from data_prep.packing import CONCAT
 from data_prep.sizes import format_bytes
 from data_prep.stat_text import describe_repeats, describe_shared, fates_of_documents, share, short
 from data_prep.tally import Tally
@@ -63,6 +64,7 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
     bits = f", {nats / math.log(2) / per_token:.3f} bits per byte" if per_token else ""
     facts.append(("unigram entropy", f"{nats:.4f} nats per token{bits}: the loss of knowing frequencies alone"))
     facts.append(("vocabulary", f"{manifest.tokenizer.vocab_size:,} ids as {manifest.dtype}"))
+    facts.append(("packing", manifest.packing))
     facts.append(("encoder", str(manifest.encoder.get("name", "-"))))
     facts.append(("licence", str(manifest.licence)))
     facts.append(("fingerprint", manifest.fingerprint[:16]))
@@ -137,6 +139,11 @@ def _borders(tally: Tally, text: DatasetText) -> dict[str, Any]:
         )
         copies = f"{repeats.num_copies:,} ({share(repeats.num_copies, repeats.num_documents)})"
         rows.append((f"{name}: exact copies", repeats.copies_fraction, copies))
+        info = tally.manifest.splits[name]
+        if tally.manifest.packing != CONCAT:
+            num_padding, num_positions = info.num_padding_tokens, info.num_blocks * tally.manifest.block_size
+            wasted = f"{num_padding:,} ({share(num_padding, num_positions)})"
+            rows.append((f"{name}: padding", num_padding / max(num_positions, 1), wasted))
         if repeats.num_copies or repeats.one_in > 1:
             notes.append(f"{name}: {describe_repeats(split)}.")
     shared = describe_shared(tally)

@@ -5,7 +5,7 @@ In: a `Tally`. Out: text. The ledger is read as it is: what it counts by a name 
 
 from typing import Any
 
-from data_prep.ledger import SPLITS
+from data_prep.ledger import SPLITS, describe_packing
 from data_prep.sizes import format_count
 from data_prep.tally import SplitTally, Tally
 
@@ -17,7 +17,7 @@ def describe_tally(tally: Tally) -> str:
     manifest = tally.manifest
     lines = [
         f"{tally.folder}: vocabulary {manifest.tokenizer.vocab_size:,}, {manifest.dtype}, blocks of "
-        f"{manifest.block_size:,} tokens, licence {manifest.licence}"
+        f"{manifest.block_size:,} tokens ({manifest.packing}), licence {manifest.licence}"
     ]
     for name, split in manifest.splits.items():
         lines.append(
@@ -28,7 +28,7 @@ def describe_tally(tally: Tally) -> str:
             lines.append(
                 f"  {split.num_bytes / split.num_tokens:.3f} bytes per token; {describe_lengths(tally.splits[name])}"
             )
-            lines += [f"  {sentence}" for sentence in describe_borders(tally.splits[name], manifest.block_size)]
+            lines += [f"  {sentence}" for sentence in describe_packing(split, manifest.block_size)]
             lines.append(f"  {describe_repeats(tally.splits[name])}")
     shared = describe_shared(tally)
     lines += [f"  {shared}"] if shared else []
@@ -49,15 +49,6 @@ def describe_lengths(split: SplitTally) -> str:
         f"{tokens.mean:,.1f} tokens per document, half have at most {tokens.quantile(0.5):,}, 99 % at most "
         f"{tokens.quantile(0.99):,}, the longest {tokens.largest:,}"
     )
-
-
-def describe_borders(split: SplitTally, block_size: int) -> list[str]:
-    """What the borders of blocks do to documents."""
-    num = split.tokens.num
-    return [
-        f"cut by a block border: {split.num_cut:,} documents ({share(split.num_cut, num)}); longer than a block of "
-        f"{block_size:,}: {split.num_long:,} ({share(split.num_long, num)})"
-    ]
 
 
 def describe_repeats(split: SplitTally) -> str:

@@ -110,6 +110,7 @@ def _tally_split(
 ) -> SplitTally:
     blocks = Blocks(documents.folder, documents.split)
     out = SplitTally()
+    end_of_blocks = documents.num_tokens if blocks.is_padded else blocks.num_tokens  # in the stream
     batches = [
         batch for batch in documents.table.select(["first_token", "source", "num_bytes"]).to_batches() if len(batch)
     ]
@@ -126,21 +127,27 @@ def _tally_split(
         for index in np.unique(source).tolist():
             sources[index].tokens.add(num_tokens[source == index])
             sources[index].num_bytes += int(num_bytes[source == index].sum())
-        begins = first < blocks.num_tokens
-        is_cut = first // blocks.block_size != (end - 1) // blocks.block_size
-        out.num_cut += int((begins & is_cut).sum())
-        out.num_long += int((begins & (num_tokens > blocks.block_size)).sum())
+        is_long = num_tokens > blocks.block_size
+        is_cut = is_long if blocks.is_padded else first // blocks.block_size != (end - 1) // blocks.block_size
+        out.num_cut += int((is_cut & (first < end_of_blocks)).sum())
+        out.num_long += int((is_long & (first < end_of_blocks)).sum())
         at = 0
         while at < len(first):
             stop = max(at + 1, int(np.searchsorted(end, first[at] + _AT_ONCE, side="right")))
-            for tokens in iter_tokens(blocks, int(first[at]), min(int(end[stop - 1]), blocks.num_tokens)):
-                counts += np.bincount(tokens, minlength=len(counts))
-            inside = at + int(np.searchsorted(end[at:stop], blocks.num_tokens, side="right"))
-            hashes = hash_documents(blocks, first[at:inside], end[at:inside])
+            if not blocks.is_padded:
+                for tokens in iter_tokens(blocks, int(first[at]), min(int(end[stop - 1]), end_of_blocks)):
+                    counts += np.bincount(tokens, minlength=len(counts))
+            inside = at + int(np.searchsorted(end[at:stop], end_of_blocks, side="right"))
+            hashes = hash_documents(blocks, documents, first[at:inside], end[at:inside])
             finder.add(hashes, np.arange(number + at, number + inside), num_tokens[at:inside])
             progress.add_text(int(num_bytes[at:stop].sum()), int(num_tokens[at:stop].sum()))
             progress.add_input(int(num_tokens[at:stop].sum()))
             at = stop
-            blocks.close_before(int(end[at - 1]))
+            if not blocks.is_padded:
+                blocks.close_before(int(end[at - 1]))
         number += len(first)
+    if blocks.is_padded:  # where documents do not lie in their order
+        for tokens in iter_tokens(blocks, 0, blocks.num_tokens):
+            counts += np.bincount(tokens, minlength=len(counts))
+        counts[blocks.fill_token_id] -= blocks.manifest.splits[documents.split].num_padding_tokens
     return out

@@ -105,6 +105,31 @@ def repeats_of_all(dataset):
     return [(num, first[ids]) for ids, num in whole.items() if num > 1]
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+def test_packed_documents_are_counted_as_those_of_one_stream(dataset, tmp_path, small_tokenizer, packing, capsys):
+    sources = [dataset.parent / name for name in ("one.jsonl", "two.jsonl")]
+    options = ("--tokenizer", small_tokenizer, "--val-fraction", 0.2, "--num-proc", 1)
+    run_here("prep", *sources, *options, "--block-size", 1, "--out", tmp_path / "stream")  # which leaves nothing over
+    packed = (*options, "--block-size", BLOCK_SIZE, "--packing", packing)
+    run_here("prep", *sources, *packed, "--out", tmp_path / "packed")
+    stream, tally = tally_dataset(tmp_path / "stream"), tally_dataset(tmp_path / "packed")
+    assert np.array_equal(stream.counts, tally.counts)
+    for split in ("train", "validation"):
+        assert stream.splits[split].repeats == tally.splits[split].repeats
+        assert stream.splits[split].tokens.total == tally.splits[split].tokens.total
+        info = load_manifest(tmp_path / "packed").splits[split]
+        assert (info.num_cut, info.num_long) == (tally.splits[split].num_cut, tally.splits[split].num_long)
+    run_here("stat", tmp_path / "packed")
+    words = Page((tmp_path / "packed" / "stat.html").read_text(encoding="utf-8")).words
+    assert f"train: padding\n{load_manifest(tmp_path / 'packed').splits['train'].num_padding_tokens:,} (" in words
+    capsys.readouterr()
+    num_blocks = Blocks(tmp_path / "packed", "train").num_blocks
+    run_here("inspect", tmp_path / "packed", "--documents", 0, "--show", num_blocks, "--whole")
+    shown = capsys.readouterr().out
+    assert shown.count("[BOT]again[EOT]\n--- end of document") == 12
+    assert shown.count(" of padding") > 9 and "[PAD]" not in shown and "--- goes on in another block" in shown
+
+
 class Page(HTMLParser):
     """Its words, its elements, and every address that it would load from."""
 

@@ -1,0 +1,367 @@
+"""Packings: every token of every document lies in one place, which is found again; only the rest is padding."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import content_of, main, run_here, write_jsonl
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from data_prep.blocks import Blocks
+from data_prep.documents import DocumentMap
+from data_prep.manifest import load_manifest
+from data_prep.packing import BEST_FIT, PAD, best_fit, cut, iter_windows, pack
+from data_prep.tokenizer_folder import load_backend
+
+PADDED = (BEST_FIT, PAD)
+WORDS = ("river", "letters", "map", "東京", "naïve", "of", "[EOT]", "[PAD]", "x" * 30, "🙂")
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Windows and shards of some hundred tokens: a small corpus has several of both, with other borders."""
+    monkeypatch.setattr("data_prep.packing.WINDOW_TOKENS", 200)
+    monkeypatch.setattr("data_prep.packing.MIN_WINDOW_BLOCKS", 2)
+    monkeypatch.setattr("data_prep.align.SHARD_TOKENS", 512)
+
+
+def one_by_one(lengths: list[int], capacity: int) -> list[int]:
+    """Best-fit decreasing as the textbook has it; the room left in each bin."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        enough = [(room, number) for number, room in enumerate(rooms) if room >= length]
+        if not enough:
+            rooms.append(capacity)
+        rooms[min(enough)[1] if enough else -1] -= length
+    return sorted(rooms)
+
+
+@given(data=st.data(), capacity=st.integers(1, 60))
+def test_best_fit_is_best_fit_decreasing(data, capacity):
+    lengths = data.draw(st.lists(st.integers(1, capacity), max_size=80))
+    bins = best_fit(np.array(lengths, dtype=np.int64), capacity)
+    filled = np.bincount(bins, weights=lengths).astype(int) if lengths else np.empty(0, int)
+    assert sorted((capacity - filled).tolist()) == one_by_one(lengths, capacity)
+
+
+@pytest.mark.parametrize("packing", PADDED)
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), block_size=st.integers(1, 20))
+@example(lengths=[3, 18, 5], block_size=8)
+def test_the_pieces_are_all_tokens_once_and_fit(packing, lengths, block_size):
+    packed = pack(np.array(lengths), block_size, packing)
+    order = np.argsort(packed.first)
+    assert np.array_equal(packed.first[order], np.cumsum(packed.length[order]) - packed.length[order])
+    assert packed.length.sum() == sum(lengths)
+    ends = np.cumsum(lengths)
+    document = np.searchsorted(ends, packed.first, side="right")
+    assert np.array_equal(document, np.searchsorted(ends, packed.first + packed.length - 1, side="right"))
+    for block in range(packed.block[-1] + 1):
+        here = packed.block == block
+        assert np.array_equal(packed.offset[here], np.cumsum(packed.length[here]) - packed.length[here])
+        assert packed.length[here].sum() == packed.block_lengths[block] <= block_size
+        assert (np.diff(packed.first[here]) > 0).all(), "in a block the documents keep their order"
+    num_pieces = np.bincount(document)
+    assert np.array_equal(num_pieces, -(-np.array(lengths) // block_size)), "only what is too long is cut"
+    assert len(packed.block_lengths) <= num_pieces.sum()
+    if (lengths, block_size) == ([3, 18, 5], 8):  # the example of the module's docstring
+        assert packed.block_lengths.tolist() == ([8, 8, 8, 2] if packing == BEST_FIT else [3, 8, 8, 2, 5])
+
+
+@given(lengths=st.lists(st.integers(1, 70), max_size=60), portion=st.integers(1, 13))
+def test_windows_depend_on_the_documents_only(lengths, portion):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.packing.WINDOW_TOKENS", 50)
+        patch.setattr("data_prep.packing.MIN_WINDOW_BLOCKS", 1)
+        all_lengths = np.array(lengths, dtype=np.uint32)
+        at_once = [window.tolist() for window in iter_windows([all_lengths], 8)]
+        portions = [all_lengths[i : i + portion] for i in range(0, len(lengths), portion)]
+        assert [window.tolist() for window in iter_windows(portions, 8)] == at_once
+        assert sum(at_once, []) == lengths
+        starts, first = [], 0
+        for window in at_once:
+            starts.append({(first + before) // 50 for before in np.cumsum([0, *window[:-1]])})
+            first += sum(window)
+        assert all(len(each) == 1 for each in starts) and len(set().union(*starts)) == len(at_once)
+
+
+DOCUMENTS = st.lists(st.lists(st.sampled_from(WORDS), max_size=25).map(" ".join), max_size=20)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=DOCUMENTS, block_size=st.integers(1, 40), fraction=st.sampled_from([0, 0.4]))
+def test_every_document_is_recovered_from_the_blocks(small_tokenizer, small_windows, texts, block_size, fraction):
+    texts = [*texts, "so that there is always one block to train on"]
+    backend, waste = load_backend(small_tokenizer), {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_jsonl(Path(folder) / "x.jsonl", texts)
+        for packing in PADDED:
+            out = Path(folder) / packing
+            options = ("--tokenizer", small_tokenizer, "--block-size", block_size, "--val-fraction", fraction)
+            run_here("prep", source, *options, "--packing", packing, "--out", out, "--num-proc", 1)
+            run_here("check", out)
+            manifest = load_manifest(out)
+            found = [check_places(Blocks(out, split), DocumentMap(out, split), backend) for split in manifest.splits]
+            assert sorted(sum(found, [])) == sorted(text for text in texts if text)
+            waste[packing] = [split.num_padding_tokens for split in manifest.splits.values()]
+            for split in manifest.splits.values():
+                assert split.num_blocks * block_size == split.num_tokens + split.num_padding_tokens
+                assert split.remainder_tokens == 0
+    assert all(a <= b for a, b in zip(waste[BEST_FIT], waste[PAD], strict=True))
+
+
+def check_places(blocks: Blocks, documents: DocumentMap, backend) -> list[str]:
+    """The documents of a split, read by the map; each position is in one of them or in padding, both ways."""
+    owner = np.full(blocks.num_tokens, -1)
+    texts = []
+    for number in range(len(documents)):
+        document = documents.document(number)
+        ranges = documents.ranges(document.first_token, document.end_token)
+        positions = np.concatenate([np.arange(*each) for each in ranges])
+        assert (owner[positions] == -1).all()
+        owner[positions] = number
+        tokens = blocks.token_at(positions).tolist()
+        assert (tokens[0], tokens[-1]) == (0, 1)  # [BOT] ... [EOT]
+        texts.append(backend.decode(tokens[1:-1], skip_special_tokens=False))
+        if len(tokens) <= blocks.block_size:
+            assert len(ranges) == 1, "a document that fits is whole"
+        offset = 0
+        for first, end in ranges:
+            (piece,) = documents.pieces(first, end)
+            assert (piece.document, piece.offset) == (document, offset)
+            assert (piece.is_begun, piece.goes_on) == (offset > 0, offset + end - first < len(tokens))
+            assert documents.place_of(first) == document.first_token + offset
+            offset += end - first
+        assert offset == len(tokens) == document.end_token - document.first_token
+    if blocks.num_blocks:
+        assert np.array_equal(owner >= 0, blocks.is_text(np.arange(blocks.num_tokens)))
+        read = blocks.read(np.arange(blocks.num_blocks))
+        assert np.array_equal(read[:, :-1].reshape(-1) == -100, owner == -1)
+        assert (read[:, -1] == -100).all()
+        inside = list(documents.pieces(0, blocks.num_tokens))
+        assert sum(piece.end_token - piece.first_token for piece in inside) == (owner >= 0).sum()
+    return texts
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six files of records, so six units."""
+    rng = random.Random(3)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(6):
+        texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for _ in range(15)]
+        write_jsonl(folder / f"{number:02d}.jsonl", texts, score=[rng.randint(0, 5) for _ in texts])
+    return folder
+
+
+def arguments(corpus: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
+    fixed = ("--tokenizer", tokenizer, "--block-size", 32, "--val-fraction", 0.1, "--packing", BEST_FIT)
+    return [str(each) for each in ("prep", corpus, *fixed, "--out", out, *more)]
+
+
+def test_one_and_three_workers_give_the_same_bytes(tmp_path, corpus, small_tokenizer, small_windows):
+    outs = [tmp_path / str(num_proc) / "out" for num_proc in (1, 3)]
+    for num_proc, out in zip((1, 3), outs, strict=True):
+        run_here(*arguments(corpus, small_tokenizer, out, "--num-proc", num_proc))
+    one, three = map(content_of, outs)
+    assert one == three
+    assert len([name for name in one if name.startswith("train/data-")]) > 10
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours may catch it and go on."""
+
+
+def test_a_stop_at_every_rename_continues_to_the_same_bytes(
+    tmp_path, corpus, small_tokenizer, small_windows, monkeypatch
+):
+    for path in sorted(corpus.iterdir())[1:]:
+        path.unlink()
+    run_here(*arguments(corpus, small_tokenizer, tmp_path / "reference" / "out", "--num-proc", 1))
+    expected = content_of(tmp_path / "reference" / "out")
+    rename, limit, is_finished = os.replace, 0, False
+    while not is_finished:
+        limit, num_renames, out = limit + 1, 0, tmp_path / str(limit) / "out"
+
+        def replace(source, target, limit=limit):
+            nonlocal num_renames
+            num_renames += 1
+            if num_renames == limit:
+                raise Killed
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        try:
+            main(arguments(corpus, small_tokenizer, out, "--num-proc", 1))
+            is_finished = True
+        except Killed:
+            assert not (out / "manifest.json").exists()
+        monkeypatch.setattr(os, "replace", rename)
+        run_here(*arguments(corpus, small_tokenizer, out, "--num-proc", 1))
+        assert content_of(out) == expected, f"stopped at rename {limit}"
+        shutil.rmtree(out)
+    assert limit > 10
+
+
+@pytest.mark.slow
+def test_a_killed_prep_continues_to_the_same_bytes(tmp_path, corpus, small_tokenizer):
+    out, reference = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    run_here(*arguments(corpus, small_tokenizer, reference, "--num-proc", 1))
+    command = [sys.executable, "-m", "data_prep", *arguments(corpus, small_tokenizer, out, "--num-proc", 2)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    rng = random.Random(int(os.environ["KILL_SEED"]))
+    waits = [rng.uniform(0.2, 2.0) for _ in range(4)]
+    for wait_s in waits:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"waits {waits}: {done.stderr}"
+    assert content_of(out) == content_of(reference), f"waits {waits}"
+
+
+def test_buckets_are_packed_each_for_itself(tmp_path, corpus, small_tokenizer, small_windows):
+    out = tmp_path / "out"
+    run_here(*arguments(corpus, small_tokenizer, out, "--buckets", "low=score < 3", "high=score >= 3"))
+    rows = [json.loads(line) for path in sorted(corpus.iterdir()) for line in path.read_text().splitlines()]
+    backend = load_backend(small_tokenizer)
+    for bucket, is_high in (("low", False), ("high", True)):
+        run_here("check", out / bucket)
+        found = [
+            check_places(Blocks(out / bucket, s), DocumentMap(out / bucket, s), backend)
+            for s in ("train", "validation")
+        ]
+        assert sorted(sum(found, [])) == sorted(row["text"] for row in rows if (row["score"] >= 3) == is_high)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, small_tokenizer):
+    folder = tmp_path_factory.mktemp("packed")
+    texts = [f"Document {number} says [EOT] and carries letters. " * (number % 5 + 1) for number in range(40)]
+    source = write_jsonl(folder / "x.jsonl", texts)
+    run_here(*arguments(source, small_tokenizer, folder / "out"))
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "name", ["train/lengths.npy", "documents/train-pieces.arrow", "documents/validation-pieces.arrow"]
+)
+def test_a_damaged_or_missing_file_is_named(copy, fails, name):
+    data = bytearray((copy / name).read_bytes())
+    data[-20] ^= 1
+    (copy / name).write_bytes(data)
+    assert f"{copy / name}: its content changed" in fails("check", copy)
+    (copy / name).unlink()
+    assert f"{copy / name}: is missing" in fails("check", copy)
+    if "pieces" in name:
+        split = name.split("/")[1].split("-")[0]
+        assert f"{copy / name} is missing or damaged" in fails("inspect", copy, "--split", split)
+
+
+@pytest.mark.parametrize("key", ["num_padding_tokens", "num_cut", "num_long", "lengths_sha256"])
+def test_a_count_of_the_manifest_that_is_wrong_is_found(copy, fails, key):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    value = manifest["splits"]["train"][key]
+    manifest["splits"]["train"][key] = None if isinstance(value, str) else value + 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "of its facts do not hold" in fails("check", copy)
+
+
+def test_pieces_that_were_exchanged_are_found_though_every_checksum_is_right(copy, fails):
+    """The blocks of a dataset with the piece map of another one of the same lengths, checksums brought into line."""
+    import pyarrow as pa
+
+    from data_prep.manifest import sha256_of
+    from data_prep.pieces import SCHEMA, pieces_path
+
+    path = pieces_path(copy, "train")
+    with pa.memory_map(str(path)) as file:
+        (batch,) = list(pa.ipc.open_stream(file))
+    position, token = (batch.column(name).to_pylist() for name in SCHEMA.names)
+    i, j = 0, len(token) - 1
+    token[i], token[j] = token[j], token[i]
+    with open(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
+        writer.write_batch(
+            pa.record_batch([pa.array(position, pa.uint64()), pa.array(token, pa.uint64())], schema=SCHEMA)
+        )
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["pieces_sha256"] = sha256_of(path)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert "where the piece map says" in fails("check", copy)
+
+
+def test_another_packing_is_refused_with_the_command_beside(dataset, small_tokenizer, fails):
+    source = dataset.parent / "x.jsonl"
+    words = [word for word in arguments(source, small_tokenizer, dataset) if word not in ("--packing", BEST_FIT)]
+    message = fails(*words)
+    assert "holds a dataset made with packing best_fit but packing concat is asked for" in message
+    assert f"OUT={dataset}-concat PACKING=concat" in message
+
+
+def test_another_packing_is_refused_for_an_interrupted_preparation_too(
+    tmp_path, corpus, small_tokenizer, monkeypatch, fails
+):
+    def stop(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("data_prep.prep.write_dataset", stop)
+        main(arguments(corpus, small_tokenizer, tmp_path / "out"))
+    words = [PAD if word == BEST_FIT else word for word in arguments(corpus, small_tokenizer, tmp_path / "out")]
+    assert "an interrupted preparation with packing best_fit but packing pad" in fails(*words)
+    run_here(*arguments(corpus, small_tokenizer, tmp_path / "out"))
+
+
+def test_what_packing_costs_is_printed(tmp_path, small_tokenizer, capsys):
+    texts = ["Z" * 3, "Q" * 9, "J" * 4] * 10  # letters it has not learned: with [BOT] and [EOT] 5, 11 and 6 tokens
+    source, costs = write_jsonl(tmp_path / "x.jsonl", texts), {}
+    for packing in ("concat", *PADDED):
+        out = tmp_path / packing
+        options = ("--tokenizer", small_tokenizer, "--block-size", 11, "--val-fraction", 0, "--packing", packing)
+        run_here("prep", source, *options, "--out", out)
+        printed = capsys.readouterr().out
+        run_here("stat", out)
+        stat, train = capsys.readouterr().out, load_manifest(out).splits["train"]
+        costs[packing] = train.num_cut, train.num_padding_tokens
+        cut_line = f"cut by a block's border: {train.num_cut} of 30 documents"
+        assert cut_line in printed and cut_line in stat and f"({packing})" in stat
+        share = f"padding: {costs[packing][1]} positions, {100 * costs[packing][1] / train.num_blocks / 11:.3f} %"
+        assert (share in printed) == (share in stat) == (packing != "concat")
+    # best_fit: ten blocks of 11, and ten of 5 + 6; pad: thirty blocks, of which twenty have 6 or 5 tokens of padding
+    assert costs == {"concat": (10, 0), BEST_FIT: (0, 0), PAD: (0, 110)}
+
+
+def test_a_datasets_yaml_names_its_packing(tmp_path, monkeypatch, small_tokenizer, fails):
+    monkeypatch.setattr("data_prep.catalog.FOLDER", tmp_path)
+    source = write_jsonl(tmp_path / "x.jsonl", ["some text"] * 9)
+    entry = f"""description: x\nlicence: cc0-1.0\nsource_of_numbers: counted\npath: {source}
+default_tokenizer: {small_tokenizer}\ndefault_block_size: 32\npacking: """
+    (tmp_path / "packed.yaml").write_text(entry + "pad\n")
+    run_here("prep", "packed", "--out", tmp_path / "out", "--val-fraction", 0)
+    assert load_manifest(tmp_path / "out").packing == PAD
+    assert load_manifest(tmp_path / "out").splits["train"].num_blocks == 9
+    (tmp_path / "wrong.yaml").write_text(entry + "tight\n")
+    message = fails("prep", "wrong", "--out", tmp_path / "other")
+    assert "packing is 'tight' but must be one of concat, best_fit, pad" in message
+
+
+def test_cut_gives_whole_blocks_and_a_rest():
+    first, length = cut(np.array([3, 18, 8]), 8)
+    assert (first.tolist(), length.tolist()) == ([0, 3, 11, 19, 21], [3, 8, 8, 2, 8])
