@@ -16,7 +16,14 @@ from data_prep.dataset_text import DatasetText
 from data_prep.lengths import Lengths
 from data_prep.packing import CONCAT
 from data_prep.sizes import format_bytes
-from data_prep.stat_text import describe_repeats, describe_shared, fates_of_documents, share, short
+from data_prep.stat_text import (
+    describe_repeats,
+    describe_shared,
+    fates_of_documents,
+    more_of_ledger,
+    share,
+    short,
+)
 from data_prep.tally import Tally
 
 NUM_IDS = 50  # in each list
@@ -47,7 +54,9 @@ def render(tally: Tally) -> str:
     return (
         Environment(autoescape=True, trim_blocks=True)
         .from_string(template)
-        .render(title=tally.manifest.dataset, facts=_facts(tally), samples=_samples(tally, text), **shown)
+        .render(
+            title=tally.manifest.dataset, facts=_facts(tally), samples=_samples(tally, text), notes=text.notes, **shown
+        )
     )
 
 
@@ -122,7 +131,8 @@ def _fates(tally: Tally) -> dict[str, Any]:
             notes.append(
                 f"{source}: {'' if is_exact else 'at least '}{beyond:,} documents beyond the cap were not read."
             )
-    return {"num_read": f"{num_read:,}", "fates": rows, "fate_notes": notes}
+    sentences, tables = more_of_ledger(ledger)
+    return {"num_read": f"{num_read:,}", "fates": rows, "fate_notes": notes + sentences, "ledger_tables": tables}
 
 
 def _borders(tally: Tally, text: DatasetText) -> dict[str, Any]:
@@ -195,14 +205,12 @@ def _tokens(tally: Tally, text: DatasetText) -> dict[str, Any]:
             (text.show_token(id_), f"{id_}", f"{counts[id_]:,}", share(int(counts[id_]), total)) for id_ in ids.tolist()
         ]
 
-    notes = [] if text.vocabulary else text.notes
     title = f"{len(unused):,} of {len(counts):,} ids are never used; the first {min(NUM_IDS, len(unused))}"
     return {
         "token_lengths": Markup(_draw_token_lengths(tally, text)) if text.vocabulary else None,
         "coverage": Markup(draw_curve(coverage, ticks, [(n / 4, f"{25 * n} %") for n in range(5)], "coverage")),
         "coverage_note": f"{'; '.join(needed)}.",
         "frequency": Markup(draw_curve(frequency, ticks, _decades(0, height), "frequency by rank")),
-        "token_notes": notes,
         "most": rows(order[: min(NUM_IDS, num_used)]),
         "least": rows(order[max(num_used - NUM_IDS, 0) : num_used][::-1]),
         "unused": [(text.show_token(id_), f"{id_}") for id_ in unused[:NUM_IDS].tolist()],

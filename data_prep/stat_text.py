@@ -5,10 +5,12 @@ In: a `Tally`. Out: text. The ledger is read as it is: what it counts by a name 
 
 from typing import Any
 
-from data_prep.ledger import SPLITS, describe_packing
+from data_prep.ledger import describe_packing
+from data_prep.manifest import SPLITS
 from data_prep.sizes import format_count
 from data_prep.tally import SplitTally, Tally
 
+_KNOWN = ("documents", *SPLITS, "files")  # of an entry: what is shown in its own place
 _NO_FATE = ("read", "beyond_cap")  # of an entry's documents: what became of none of those that were read
 
 
@@ -86,12 +88,35 @@ def fates_of_documents(ledger: dict[str, dict[str, Any]]) -> dict[str, int]:
     return fates
 
 
+def more_of_ledger(ledger: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, list[tuple[str, ...]]]]:
+    """What else the ledger says of the sources, by the names that it uses.
+
+    Returns:
+        Sentences; and tables by title, whose first row is the head.
+    """
+    sentences, tables = [], {}
+    for source, entry in ledger.items():
+        for key, value in entry.items():
+            if key in _KNOWN or not value:
+                continue
+            if not isinstance(value, dict):
+                sentences.append(f"{source}: {key}: {value}")
+                continue
+            for name, numbers in value.items():
+                head = ("source", "", *(field.replace("_", " ") for field in numbers))
+                row = (source, name, *(f"{number:,}" for number in numbers.values()))
+                tables.setdefault(key, [head]).append(row)
+    return sentences, tables
+
+
 def share(part: int, whole: int) -> str:
-    """`2.35 %`; three digits, and 0 % only for nothing."""
+    """`2.35 %`: three digits; 0 % is nothing and 100 % everything."""
     if not whole:
         return "-"
     percent = 100 * part / whole
-    return f"{percent:.3g} %" if percent >= 0.01 or not part else "under 0.01 %"
+    if 0 < percent < 0.01:
+        return "under 0.01 %"
+    return "over 99.9 %" if 99.95 <= percent < 100 else f"{percent:.3g} %"
 
 
 def short(num: float) -> str:

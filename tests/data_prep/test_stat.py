@@ -1,5 +1,6 @@
 """`stat` counts what a reader counts by hand, and its page needs nothing but itself."""
 
+import json
 import math
 from collections import Counter
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from data_prep.blocks import Blocks
 from data_prep.documents import DocumentMap
 from data_prep.lengths import Lengths
 from data_prep.manifest import load_manifest
-from data_prep.stat_text import fates_of_documents, share
+from data_prep.stat_text import share
 from data_prep.tally import tally_dataset
 
 BLOCK_SIZE = 16
@@ -193,19 +194,19 @@ def test_rules_of_the_ledger_are_shown_by_the_names_that_it_gives_them(tmp_path,
     )
     page = Page((tmp_path / "out" / "low" / "stat.html").read_text(encoding="utf-8"))
     assert "no score\n4 (20 %)" in page.words
-    # rules that do not exist yet, also such that count in several ways
-    documents = {
-        "read": 9,
-        "train": 4,
-        "validation": 0,
-        "near duplicate": 2,
-        "beyond_cap": 5,
-        "is_beyond_cap_exact": True,
-    }
-    documents["filtered"] = {"gopher": 1, "c4": {"num_documents": 2, "num_bytes": 700}}
-    assert fates_of_documents({"x": {"documents": documents}}) == {
-        "train": 4, "validation": 0, "near duplicate": 2, "gopher": 1, "c4": 2
-    }  # fmt: skip
+    # whatever else stands in a ledger: rules that count in several ways, tables of filters, a source that failed
+    path = tmp_path / "out" / "low" / "manifest.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    entry = raw["ledger"]["x"]
+    entry["documents"] |= {"near duplicate": 2, "filtered": {"gopher": 1, "c4": {"num_documents": 2, "num_bytes": 700}}}
+    entry |= {"filters": {"pii": {"documents_before": 1234, "documents_changed": 5}}, "failed": "the server went away"}
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    run_here("stat", tmp_path / "out" / "low")
+    assert "empty 0" not in (shown := capsys.readouterr().out)
+    assert "left out of 20 documents read: gopher 1 (5 %), c4 2 (10 %), near duplicate 2 (10 %)" in shown
+    words = Page((tmp_path / "out" / "low" / "stat.html").read_text(encoding="utf-8")).words
+    assert "gopher\n1 (5 %)" in words and "x: failed: the server went away" in words
+    assert "sourcedocuments beforedocuments changed\n\nxpii1,2345" in words.replace("\n\n\n", "\n\n")
 
 
 def test_a_tokenizer_that_does_not_give_its_text_back_is_counted_all_the_same(tmp_path, capsys):
