@@ -205,8 +205,11 @@ def _data_table(recipe: dict, metrics: list[dict]) -> str:
         links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in _repositories(dataset)]
         label = dataset["name"] + (f" ({', '.join(links)})" if links else "")
         fingerprint = f"`{dataset['fingerprint'][:16]}`"
+        shown = (
+            f"{size:,}, {dataset['padding_fraction']:.2%} of them padding" if "padding_fraction" in dataset else size
+        )
         rows.append(
-            (label, f"{share:.2%}", size or "not measured", passes, dataset.get("licence") or "unknown", fingerprint)
+            (label, f"{share:.2%}", shown or "not measured", passes, dataset.get("licence") or "unknown", fingerprint)
         )
     return _table(("Dataset", "Share of the run", "Tokens", "Passes", "Licence", "Fingerprint"), rows)
 
