@@ -188,3 +188,20 @@ def test_lengths_that_are_missing_end_the_run_before_it_begins(train, packed, tm
         UserError, match=r"lengths.npy is missing or damaged.*Without it padding cannot be told from text"
     ):
         train(*on(copy))
+
+
+def test_a_recipe_has_a_packed_dataset_prepared_at_its_own_row_length(recipe, monkeypatch, tmp_path):
+    from clm.prepare import prep_commands
+    from clm.recipe import load_recipe
+
+    monkeypatch.setattr("data_prep.catalog.FOLDER", tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    entry = "description: x\nlicence: x\nsource_of_numbers: x\nrepository: a/b\ndefault_tokenizer: gpt2\n"
+    for name, packing in (("listed-concat", "concat"), ("listed-packed", "best_fit")):
+        (tmp_path / f"{name}.yaml").write_text(f"{entry}default_block_size: 128\npacking: {packing}\n")
+    items = "[{dataset: listed-concat}, {dataset: listed-packed}]"
+    commands = prep_commands(load_recipe(recipe, [f"data.mixture={items}", "data.validation=[]"]))
+    assert [command[:4] for command in commands] == [
+        ["prep", "listed-concat", "--block-size", "128"],
+        ["prep", "listed-packed", "--block-size", "32"],
+    ]
