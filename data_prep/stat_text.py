@@ -3,6 +3,7 @@
 In: a `Tally`. Out: text. The ledger is read as it is: what it counts by a name that is new shows up by that name.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from data_prep.ledger import describe_packing
@@ -30,7 +31,8 @@ def describe_tally(tally: Tally) -> str:
             lines.append(
                 f"  {split.num_bytes / split.num_tokens:.3f} bytes per token; {describe_lengths(tally.splits[name])}"
             )
-            lines += [f"  {sentence}" for sentence in describe_packing(split, manifest.block_size)]
+            counted = replace(split, num_cut=tally.splits[name].num_cut, num_long=tally.splits[name].num_long)
+            lines += [f"  {sentence}" for sentence in describe_packing(counted, manifest.block_size)]
             lines.append(f"  {describe_repeats(tally.splits[name])}")
     shared = describe_shared(tally)
     lines += [f"  {shared}"] if shared else []
