@@ -120,6 +120,8 @@ def test_normalize_mends_text_and_leaves_code_alone_unless_asked(tmp_path, prep,
     run_here("inspect", tmp_path / "out", "--removed")
     shown = capsys.readouterr().out
     assert f"- {wrong}\n- ```python" in shown and f"+ {right}\n+ ```python" in shown
+    run_here("inspect", tmp_path / "out")
+    assert "normalize changed texts of this dataset: byte ranges count in a text as changed" in capsys.readouterr().out
     entry = prep(folder, {"normalize": {**options, "code": True}}, out="code")
     assert entry["filters"]["normalize"]["documents_changed"] == 2
 
