@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from data_prep.filter_settings import make_filters
 from data_prep.ledger import find_imbalances
 from data_prep.manifest import load_manifest
 
-pytest.importorskip("datatrove", reason="the extra corpus is not installed")
+if any(find_spec(name) is None for name in ("datatrove", "spacy", "ftfy", "fasttext")):
+    pytest.skip("the extra corpus is not installed", allow_module_level=True)
 
 TEXT = "the river carries letters and a map of the old town while people walk to market with bread that they have"
 GERMAN = "der die und den von zu das mit sich des auf ist im dem nicht ein eine als"
