@@ -128,12 +128,20 @@ class Blocks:
             is_inside = after < len(tokens)
             out[here, -1] = np.where(is_inside, tokens[np.where(is_inside, after, 0)].astype(np.int64), NO_TARGET)
         if self.is_padded:
-            out[np.arange(self.block_size + 1) >= self.lengths_of(blocks)[:, None]] = NO_TARGET
+            lengths = self.lengths_of(blocks)
+            out[:, -1] = NO_TARGET
+            short = np.flatnonzero(lengths < self.block_size)  # few, as a rule
+            is_padding = np.arange(self.block_size + 1) >= lengths[short, None]
+            out[short] = np.where(is_padding, NO_TARGET, out[short])
         return out
 
     def as_inputs(self, tokens: np.ndarray) -> np.ndarray:
         """What `read` gives without its last column, as a model takes it: with an id where there is padding."""
-        return np.where(tokens == NO_TARGET, self.fill_token_id, tokens) if self.is_padded else tokens
+        short = np.flatnonzero(tokens[:, -1] == NO_TARGET) if self.is_padded else ()
+        if len(short):
+            tokens = tokens.copy()
+            tokens[short] = np.where(tokens[short] == NO_TARGET, self.fill_token_id, tokens[short])
+        return tokens
 
     def token_at(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at positions of the split's token stream, in [0, num_tokens); int64, the shape of `positions`."""

@@ -9,6 +9,7 @@ the stream, which is all documents one after the other. Where packing moved them
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +152,13 @@ def count_cut(path: Path, num_tokens: int, block_size: int, packing: str) -> tup
     """
     num_cut = num_long = 0
     with pa.memory_map(str(path)) as file:
-        firsts = [batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file)]
-    nexts = [each[0] for each in firsts[1:]] + [num_tokens]
-    for first, following in zip(firsts, nexts, strict=True) if firsts else ():
-        last = np.append(first[1:], following) - 1
-        is_long = last - first >= block_size
-        num_long += int(is_long.sum())
-        is_cut = is_long if packing != CONCAT else first // block_size != last // block_size
-        num_cut += int(is_cut.sum())
+        batches = (batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file))
+        for first, following in pairwise(chain(batches, [np.array([num_tokens])])):
+            last = np.append(first[1:], following[0]) - 1
+            is_long = last - first >= block_size
+            num_long += int(is_long.sum())
+            is_cut = is_long if packing != CONCAT else first // block_size != last // block_size
+            num_cut += int(is_cut.sum())
     return num_cut, num_long
 
 

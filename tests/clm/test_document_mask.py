@@ -134,18 +134,20 @@ def test_blocks_that_are_cut_into_shorter_rows_have_the_loss_of_their_documents(
 def test_evaluation_counts_targets_and_their_bytes_only_and_is_the_loss_of_the_documents(prepared):
     from transformers import AutoTokenizer
 
-    blocks = Blocks(prepared.folder, "validation")
+    blocks = Blocks(prepared.folder, "train")
     token_bytes = token_byte_lengths(AutoTokenizer.from_pretrained(prepared.folder / "tokenizer"))
-    rows, model = ValidationRows("v", blocks, 16, 16 * 90), make_model()
-    inputs, targets = rows.read(0, 90)
+    ends = np.flatnonzero(blocks.read(np.arange(blocks.num_blocks))[:, :-1] == EOS)
+    num_rows = int(ends[2]) // 16 + 1
+    rows, model = ValidationRows("v", blocks, 16, 16 * num_rows), make_model()
+    inputs, targets = rows.read(0, num_rows)
     with torch.no_grad():
         nll, count = loss_one_by_one(model, inputs, targets)
 
     def forward(batch):
         return model(**batch, num_items_in_batch=1).loss
 
-    for batch_rows in (4, 90):
+    for batch_rows in (4, num_rows):
         found = sum_losses(forward, rows, token_bytes, batch_rows, CPU, mask=DocumentMask(EOS, "sdpa"))
-        assert found.num_tokens == count == 1440 - (inputs == EOS).sum() < 1440
+        assert found.num_tokens == count == inputs.size - (inputs == EOS).sum() < inputs.size
         assert found.nll == pytest.approx(nll.item(), rel=1e-6)
         assert found.num_bytes == token_bytes[targets[inputs != EOS]].sum()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -107,14 +108,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def read_documents(folder: Path, split: str) -> list[str]:
     """The documents of a split as text, out of its blocks; without those in the remainder."""
     blocks, documents, backend = Blocks(folder, split), DocumentMap(folder, split), load_backend(folder / "tokenizer")
-    if blocks.num_blocks == 0:
-        return []
-    tokens = blocks.read(range(blocks.num_blocks))[:, :-1].reshape(-1)
-    ends = [document.end_token for document in documents.between(0, blocks.num_tokens)]
-    starts = [0, *ends[:-1]]
-    whole = [(start, end) for start, end in zip(starts, ends, strict=True) if end <= len(tokens)]
-    assert all(tokens[start] == 0 and tokens[end - 1] == 1 for start, end in whole)  # [BOT] ... [EOT]
-    return [backend.decode(tokens[start + 1 : end - 1].tolist(), skip_special_tokens=False) for start, end in whole]
+    texts = []
+    for document in documents.between(0, documents.num_tokens):
+        ranges = documents.ranges(document.first_token, document.end_token)
+        if sum(end - first for first, end in ranges) < document.end_token - document.first_token:
+            break
+        tokens = np.concatenate([blocks.token_at(np.arange(first, end)) for first, end in ranges])
+        assert (tokens[0], tokens[-1]) == (0, 1)  # [BOT] ... [EOT]
+        texts.append(backend.decode(tokens[1:-1].tolist(), skip_special_tokens=False))
+    return texts
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
