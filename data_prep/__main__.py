@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli_options import add_source_options
 from data_prep.errors import UserError
 from data_prep.sizes import parse_bytes, parse_count
 
@@ -104,6 +105,7 @@ def _make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: the fast one where it proves itself, else Hugging Face's; never changes the result (default: auto)",
     )
+    add_source_options(prep)
     prep.set_defaults(run=_prep)
 
     train = commands.add_parser(

@@ -5,27 +5,37 @@ In: a `Plan` and its files. Out: the `Stream`, and `Job`s whose keys are equal e
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
-from data_prep.encode import Job
+from data_prep.downloads import Downloads
+from data_prep.encode import Job, load_result
 from data_prep.encoder import EncoderChoice
-from data_prep.hub import download_file
+from data_prep.errors import UserError
 from data_prep.manifest import TokenizerInfo, token_dtype
 from data_prep.plan import Plan
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
+from data_prep.units import Unit
 
 
-def make_stream(plan: Plan, files: list[tuple[int, SourceFile]]) -> Stream:
-    """The plan's stream; files of the Hub are downloaded when they are first read."""
-    paths: dict[int, str] = {}
+def make_stream(plan: Plan, files: list[tuple[int, SourceFile]], folder: Path | None = None) -> Stream:
+    """The plan's stream.
 
-    def fetch(index: int) -> str:
-        if index not in paths:
-            number, file = files[index]
-            paths[index] = file.path or download_file(plan.sources[number].entry, file)
-        return paths[index]
-
-    return Stream(plan.sources, files, fetch, plan.keep_columns, plan.max_tokens, plan.max_docs, plan.buckets)
+    Args:
+        folder: For downloads, if not the plan's working folder.
+    """
+    return Stream(
+        plan.sources,
+        files,
+        Downloads(plan.sources, files, folder or plan.work / "downloads", plan.keep_downloads),
+        plan.keep_columns,
+        plan.max_tokens,
+        plan.max_docs,
+        plan.buckets,
+        plan.is_spread,
+        plan.skip_failed,
+        dict(plan.failed),
+    )
 
 
 def make_jobs(
@@ -51,9 +61,15 @@ def make_jobs(
             "is_bad_skipped": is_skipped,
             "reading": asdict(reading),
         }
+        key = unit.key(settings, identities)
+        try:
+            _fetch(plan, stream, unit, key)
+        except UserError as error:
+            stream.fail(unit.source, error)
+            continue
         yield Job(
             unit=unit,
-            key=unit.key(settings, identities),
+            key=key,
             work=plan.work,
             tokenizer_folder=plan.tokenizer_folder,
             tokenizer=replace(tokenizer, source=None),  # hashable: a worker keeps its encoder by it
@@ -64,3 +80,11 @@ def make_jobs(
             is_fast=encoder.is_fast,
             compare_ids=encoder.compare_ids,
         )
+
+
+def _fetch(plan: Plan, stream: Stream, unit: Unit, key: str) -> None:
+    """Have here what a unit is made of, unless an earlier attempt finished it."""
+    is_far = any(stream.downloads.is_remote(piece.file) for piece in unit.pieces)
+    if is_far and load_result(plan.work, key) is None:
+        for piece in unit.pieces:
+            stream.downloads.fetch_piece(piece)

@@ -105,9 +105,14 @@ def _count_splits(counts: Counts, rows: dict[str, np.ndarray], status: np.ndarra
 
 
 def ledger_entry(
-    counts: Counts, beyond_cap: int, is_beyond_exact: bool, num_files: int, ignored: dict[str, int]
+    counts: Counts,
+    beyond_cap: int,
+    is_beyond_exact: bool,
+    num_files: int,
+    ignored: dict[str, int],
+    failed: str | None = None,
 ) -> dict[str, Any]:
-    """One source's entry of the manifest's ledger."""
+    """One source's entry of the manifest's ledger; `failed` says why it ends where it does, with --skip-failed."""
     return {
         "documents": {
             "read": counts.num_read,
@@ -121,6 +126,7 @@ def ledger_entry(
         },
         **{name: vars(counts.splits[name]) for name in SPLITS},
         "files": {"read": num_files, "ignored": ignored},
+        **({"failed": failed} if failed is not None else {}),
     }
 
 
@@ -181,6 +187,9 @@ def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
         )
         for line in lines
     ]
+    for source, entry in ledger.items():
+        if "failed" in entry:
+            rows.append(f"{source}: FAILED after {entry['documents']['read']:,} documents: {entry['failed']}")
     for name, split in splits.items():
         rows.append(
             f"{name}: {split.num_tokens:,} tokens = {split.num_blocks:,} blocks x {block_size:,} + "

@@ -10,7 +10,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ class Options:
     split_lines: bool = False
     buckets: Sequence[str] | None = None  # name=condition
     encoder: str = "auto"  # or hf
+    sample: str | None = None  # first or spread
+    skip_failed: bool = False
+    keep_downloads: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Plan:
     max_docs: int | None
     keep_columns: dict[str, str]  # of all sources together, and those that the buckets are by
     buckets: tuple[Bucket, ...]
+    is_spread: bool = False  # a cap takes row groups drawn over all files
+    skip_failed: bool = False
+    keep_downloads: bool = False  # files of the Hub stay in its cache
+    failed: dict[int, str] = field(default_factory=dict)  # sources whose files could not be listed, and why
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -96,7 +103,7 @@ class Plan:
             sources.append(
                 {
                     "label": source.label,
-                    **(where if entry.repository else {}),
+                    **(where if entry.repository else {"url": entry.url} if entry.url else {}),
                     "text_column": entry.text_column,
                     "keep_columns": entry.keep_columns,
                     "document_start": entry.document_start,
@@ -115,6 +122,8 @@ class Plan:
             "max_tokens": self.max_tokens,
             "max_docs": self.max_docs,
             "buckets": {bucket.name: bucket.condition for bucket in self.buckets},
+            "sample": "spread" if self.is_spread else "first",
+            "skip_failed": self.skip_failed,
         }
 
 
@@ -143,7 +152,8 @@ def make_plan(options: Options) -> Plan:
     conditions = conditions or _only_default("--buckets", [entry.buckets for entry in entries])
     buckets = parse_buckets(conditions, "prep: --buckets ")
     kept = {name: kind for entry in entries for name, kind in entry.keep_columns.items()}
-    lists = {number: list_local_files(source) for number, source in enumerate(sources) if source.entry.path is not None}
+    sample = options.sample or _only_default("--sample", [entry.sample for entry in entries])
+    lists, failed = _list_local(sources, options.skip_failed)
     return Plan(
         folder=folder,
         dataset=folder.name,
@@ -158,7 +168,28 @@ def make_plan(options: Options) -> Plan:
         max_docs=options.max_docs,
         keep_columns={**kept, **condition_columns(buckets, kept, "prep: --buckets ")},
         buckets=buckets,
+        is_spread=sample == "spread",
+        skip_failed=options.skip_failed,
+        keep_downloads=options.keep_downloads,
+        failed=failed,
     )
+
+
+def _list_local(
+    sources: list[Source], skip_failed: bool
+) -> tuple[dict[int, tuple[list[SourceFile], Counter]], dict[int, str]]:
+    """The files of each source that lies here, and why some cannot be listed, where those may be left out."""
+    lists, failed = {}, {}
+    for number, source in enumerate(sources):
+        if source.entry.path is None:
+            continue
+        try:
+            lists[number] = list_local_files(source)
+        except UserError as error:
+            if not skip_failed:
+                raise
+            lists[number], failed[number] = ([], Counter()), str(error)
+    return lists, failed
 
 
 def parse_tokenizer(value: str | dict[str, int]) -> dict[str, Any]:
@@ -235,7 +266,7 @@ def describe_files(files: list[tuple[int, SourceFile]], sources: tuple[Source, .
 def other_folder(plan: Plan, suffix: str) -> str:
     """The command that prepares the same under another name."""
     folder = plan.folder.with_name(f"{plan.folder.name}-{suffix}")
-    words = " ".join(shlex.quote(source.entry.path or source.entry.repository) for source in plan.sources)
+    words = " ".join(shlex.quote(each.path or each.repository or each.url) for each in (s.entry for s in plan.sources))
     entry = plan.sources[0].entry
     named = entry.name if len(plan.sources) == 1 and plan.folder == dataset_folder(entry.name) else words
     options = ""

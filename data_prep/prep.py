@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_prep.align import Taken
 from data_prep.buckets import column_names
+from data_prep.catalog import DatasetEntry
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
@@ -32,6 +33,7 @@ from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
 from data_prep.tokenizer_training import DEFAULT_SAMPLE_BYTES, ControlTokens, iter_sample, train_tokenizer
 from data_prep.units import UNIT_BYTES
+from data_prep.urls import list_url_files
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
@@ -137,6 +139,9 @@ def _load_manifests(plan: Plan) -> dict[str, Manifest]:
 def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
     files = []
     for number, source in enumerate(plan.sources):
+        if number in plan.failed:
+            print(f"warning: source {source.label} failed and is left out: {plan.failed[number]}", file=sys.stderr)
+            continue
         if source.entry.path is not None:
             found = plan.local_files[number]
         else:
@@ -144,18 +149,30 @@ def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
             if pinned.exists():
                 found = [SourceFile(**file) for file in json.loads(pinned.read_text(encoding="utf-8"))]
             else:
-                found = list_hub_files(source.entry)
+                try:
+                    found = list_far_files(source.entry)
+                except UserError as error:
+                    make_stream(plan, []).fail(number, error)  # which it does not survive, unless it may be left out
+                    plan.failed[number] = str(error)
+                    continue
                 work.mkdir(exist_ok=True)
                 write_whole(pinned, json.dumps([asdict(file) for file in found]))
         files += [(number, file) for file in found]
+    if not files:
+        raise UserError(f"{plan.folder}: no source is left to read. " + " ".join(plan.failed.values()))
     return files
+
+
+def list_far_files(entry: DatasetEntry) -> list[SourceFile]:
+    """The files of a source that does not lie here."""
+    return list_hub_files(entry) if entry.repository is not None else list_url_files(entry)
 
 
 def _is_small_and_strict(plan: Plan) -> bool:
     """Whether reading everything once before writing costs little: then every error comes first."""
     is_local = all(source.entry.path is not None for source in plan.sources)
     size = sum(file.size for files in plan.local_files.values() for file in files)
-    is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources)
+    is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources) and not plan.skip_failed
     return is_local and size <= MAX_HASHED_BYTES and is_strict and plan.max_tokens is None
 
 
@@ -176,9 +193,10 @@ def train_from_sources(
     files = [
         (number, file)
         for number, source in enumerate(plan.sources)
-        for file in plan.local_files.get(number) or list_hub_files(source.entry)
+        for file in plan.local_files.get(number) or list_far_files(source.entry)
     ]
-    stream = make_stream(plan, files)
+    downloads = tempfile.TemporaryDirectory()
+    stream = make_stream(plan, files, Path(downloads.name))
     if _is_small_and_strict(plan):
         stream.check_readable()
     progress = Progress("reading for the tokenizer", min(sum(file.size for _, file in files), sample_bytes))
@@ -187,6 +205,8 @@ def train_from_sources(
         train_tokenizer(iter_sample(stream, threshold, sample_bytes, progress), vocab_size, out, control)
     finally:
         progress.close()
+        stream.downloads.close()
+        downloads.cleanup()
     with tempfile.TemporaryDirectory() as folder:  # both ways of loading agree, and prep need not ask again
         import_tokenizer(str(out), Path(folder) / "tokenizer")
     print(f"{out}: a tokenizer of {vocab_size:,} entries. Use it: python -m data_prep prep ... --tokenizer {out}")
@@ -195,7 +215,8 @@ def train_from_sources(
 def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) -> TokenizerInfo:
     """The tokenizer in the dataset's folder; trained or loaded unless an earlier attempt did it from the same input."""
     folder, done = plan.tokenizer_folder, work / TOKENIZER_DONE
-    key = json.dumps({**plan.settings(), "block_size": None, "threshold": threshold}, sort_keys=True)
+    settings = {**plan.settings(), "block_size": None, "skip_failed": None}
+    key = json.dumps({**settings, "threshold": threshold}, sort_keys=True)
     if folder.exists() and done.exists() and done.read_text(encoding="utf-8") == key:
         return describe_tokenizer(folder, plan.tokenizer)
     temporary = work / "tokenizer"
@@ -232,10 +253,12 @@ def _encode(
             except UserError:
                 (plan.work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
                 raise
+            stream.downloads.done_with(job.unit.pieces)
             if unit is not None:
                 units.append(unit)
     finally:
         progress.close()
+        stream.downloads.close()
     return units
 
 
@@ -257,7 +280,7 @@ def _make_ledgers(plan: Plan, stream: Stream) -> dict[str, dict]:
         num_files = sum(1 for n, _ in stream.files if n == number)
         ignored = dict(plan.ignored_files.get(number, {}))
         for ledger, counts in zip(ledgers.values(), stream.counts[number], strict=True):
-            ledger[source.label] = ledger_entry(counts, *beyond[number], num_files, ignored)
+            ledger[source.label] = ledger_entry(counts, *beyond[number], num_files, ignored, stream.failed.get(number))
     return json.loads(json.dumps(ledgers, default=vars))
 
 

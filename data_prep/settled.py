@@ -30,6 +30,13 @@ def is_complete(plan: Plan) -> bool:
     for folder in done:
         manifest = load_manifest(folder)
         _refuse_other(plan, folder, manifest.settings, manifest.tokenizer.sha256)
+        failed = [label for label, entry in manifest.ledger.items() if "failed" in entry]
+        if failed and not plan.skip_failed:
+            raise UserError(
+                f"{folder}: was made with --skip-failed, and {', '.join(failed)} failed: it does not hold all of it. "
+                f"Nothing is overwritten. Accept it as it is with --skip-failed, prepare all beside it: "
+                f"{other_folder(plan, 'whole')}; or remove that one first: {_remove_command(plan)}"
+            )
     if len(done) == len(plan.outputs):
         return True
     if done and not (plan.work / ALIGN_STATE).exists():
@@ -80,8 +87,8 @@ def _refuse_other(plan: Plan, folder: Path, earlier: dict[str, Any], tokenizer_s
         _refuse_key(plan, folder, "tokenizer", earlier["tokenizer"], what)
     if earlier["block_size"] != now["block_size"]:
         _refuse_key(plan, folder, "block_size", earlier["block_size"], what)
-    earlier = {"buckets": {}, **earlier}  # which manifests did not always have
-    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "sources"):
+    earlier = {"buckets": {}, "sample": "first", **earlier}  # which manifests did not always have
+    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "sample", "sources"):
         if earlier[key] != now[key]:
             _refuse_setting(plan, folder, key, earlier[key], now[key])
     if earlier["local_files"] != now["local_files"]:

@@ -1,8 +1,8 @@
 """Where documents come from: what the user named, turned into a list of files.
 
-In: `fineweb`, `fineweb:100000`, `fineweb-edu-10bt/high`, `corpus/`, `notes/*.md`, `a.jsonl.gz`, `user/dataset`. Out:
-one `Source` each, with its files in a fixed order. A listed name comes first, then what exists here, then a Hub id (it
-has a slash). A bare name is never looked up on the Hub.
+In: `fineweb`, `fineweb:100000`, `fineweb-edu-10bt/high`, `corpus/`, `notes/*.md`, `a.jsonl.gz`, `s3://bucket/x`,
+`user/dataset`. Out: one `Source` each, with its files in a fixed order. A listed name comes first, then an address,
+then what exists here, then a Hub id (it has a slash). A bare name is never looked up on the Hub.
 """
 
 import glob
@@ -150,7 +150,8 @@ def source_format(name: str, where: str) -> str:
 
 def _split_cap(spec: str) -> tuple[str, int | None]:
     name, colon, cap = spec.rpartition(":")
-    if not colon or not name or os.path.exists(spec) or os.sep in cap:
+    is_of_address = cap.startswith("//") or ("://" in spec and "/" in cap)  # its scheme, or its port
+    if not colon or not name or is_of_address or os.path.exists(spec) or os.sep in cap:
         return spec, None
     try:
         count = parse_count(cap)
@@ -166,6 +167,8 @@ def _split_cap(spec: str) -> tuple[str, int | None]:
 def _find_entry(name: str) -> DatasetEntry:
     if name in entry_names():
         return replace(load_entry(name), buckets={})
+    if "://" in name:
+        return _entry_for(_stem(name.partition("://")[2].rstrip("/")), f"files at {name}", url=name)
     if split_bucket(name)[1] is not None:
         return load_entry(split_bucket(name)[0])
     if os.path.exists(name) or glob.glob(name, recursive=True):

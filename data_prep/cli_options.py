@@ -1,0 +1,26 @@
+"""The options of `prep` that say how its sources are read.
+
+In: the parser of `prep`. Out: the same, with them.
+"""
+
+import argparse
+
+
+def add_source_options(prep: argparse.ArgumentParser) -> None:
+    """Add them."""
+    prep.add_argument(
+        "--sample",
+        choices=("first", "spread"),
+        help="what a cap takes: the first documents, or row groups drawn over all files (default: the dataset's, else "
+        "first)",
+    )
+    prep.add_argument(
+        "--skip-failed",
+        action="store_true",
+        help="a source that cannot be read (on) ends there, which the ledger says, instead of ending the preparation",
+    )
+    prep.add_argument(
+        "--keep-downloads",
+        action="store_true",
+        help="files of the Hub stay in its cache (default: removed when they are encoded)",
+    )
