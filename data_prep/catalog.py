@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent / "datasets"
 COLUMN_TYPES = ("string", "int64", "float64")
 ON_BAD_RECORD = ("fail", "skip")
 SAMPLES = ("first", "spread")
+TOKENIZED = ("documents", "stream", "stream:uint16", "stream:uint32")  # data_prep/tokenized.py says what each means
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DatasetEntry:
     text_column: str = "text"
     split: str | None = None  # "line": every line of a text file is a document; else a file is
     document_start: str | None = None  # records are parts; one that matches this regex starts a new document
+    tokenized: str | None = None  # ids instead of text: documents, stream, stream:uint16 or stream:uint32
     keep_columns: dict[str, str] = field(default_factory=dict)  # column -> string, int64 or float64
     buckets: dict[str, str] = field(default_factory=dict)  # name -> condition; used when <dataset>/<name> is asked for
     on_bad_record: str = "fail"
@@ -145,6 +147,10 @@ def _find_problems(values: dict[str, Any]):
         yield f"on_bad_record is {values['on_bad_record']!r} but must be one of {', '.join(ON_BAD_RECORD)}"
     if values.get("sample", "first") not in SAMPLES:
         yield f"sample is {values['sample']!r} but must be one of {', '.join(SAMPLES)}"
+    if values.get("tokenized", "stream") not in TOKENIZED:
+        yield f"tokenized is {values['tokenized']!r} but must be one of {', '.join(TOKENIZED)}"
+    if "tokenized" in values and {"split", "document_start"} & set(values):
+        yield "tokenized says that there are ids but split and document_start are for text; leave them out"
     if values.get("split", "line") != "line":
         yield f"split is {values['split']!r} but must be line, or be left out: then a file is a document"
     if "split" in values and "document_start" in values:

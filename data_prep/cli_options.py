@@ -5,6 +5,8 @@ In: the parser of `prep`. Out: the same, with them.
 
 import argparse
 
+from data_prep.catalog import TOKENIZED
+
 
 def add_source_options(prep: argparse.ArgumentParser) -> None:
     """Add them."""
@@ -13,6 +15,12 @@ def add_source_options(prep: argparse.ArgumentParser) -> None:
         choices=("first", "spread"),
         help="what a cap takes: the first documents, or row groups drawn over all files (default: the dataset's, else "
         "first)",
+    )
+    prep.add_argument(
+        "--tokenized",
+        choices=TOKENIZED,
+        help="the source holds ids of --tokenizer: a column input_ids, a row being a document or part of a stream "
+        "that is cut at each EOS, or a .bin (nanoGPT's), always a stream",
     )
     prep.add_argument(
         "--skip-failed",

@@ -35,6 +35,7 @@ from data_prep.ledger import (
 )
 from data_prep.manifest import SPLITS, TokenizerInfo
 from data_prep.readers import Reading, Record, read_records
+from data_prep.tokenized import join_ids, read_tokenized
 from data_prep.units import Unit
 
 BATCH_BYTES = 1_000_000
@@ -138,7 +139,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
         run_files = [stack.enter_context(open(path, "wb")) for path in temporary.values()]
         rows_file = stack.enter_context(open(rows_temporary, "wb"))
         with pa.ipc.new_stream(rows_file, schema) as rows_writer:
-            for records in _batches(read_records(job.unit.pieces, job.reading)):
+            for records in _batches(_read(job)):
                 num_records = records[-1].number + 1
                 records = [record for record in records if record.text is not None or record.problem is not None]
                 bad = next((i for i, record in enumerate(records) if record.problem is not None), None)
@@ -183,6 +184,12 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
     return result
 
 
+def _read(job: Job) -> Iterator[Record]:
+    if job.reading.tokenized is None:
+        return read_records(job.unit.pieces, job.reading)
+    return read_tokenized(job.unit.pieces, job.reading, job.tokenizer, job.tokenizer_folder)
+
+
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
     batch: list[Record] = []
     num_characters = 0
@@ -218,7 +225,8 @@ def _encode_batch(
     runs = [np.empty(0, dtype=np.uint32)] * (len(SPLITS) * len(bucket_names(job.reading.buckets)))
     if is_kept.any():
         kept = [records[i] for i in np.flatnonzero(is_kept)]
-        ids, lengths = encoder.encode([record.text for record in kept])
+        is_tokenized = job.reading.tokenized is not None
+        ids, lengths = join_ids(kept) if is_tokenized else encoder.encode([record.text for record in kept])
         if job.is_fast:
             is_first = np.cumsum(lengths) - lengths < compare_ids
             num_compared = _compare(kept, np.flatnonzero(is_first | (hashes % SAMPLED_IN == 0)), ids, lengths, encoder)

@@ -141,7 +141,7 @@ def _list_files(entry: DatasetEntry) -> list[SourceFile]:
             )
             sizes.update({info.path: info.size for info in infos})
         for name in names:
-            kind = source_format(name, entry.repository)
+            kind = source_format(name, entry.repository, entry)
             files.append(SourceFile(name, kind, sizes[name], f"commit:{commit}", split))
     return files
 

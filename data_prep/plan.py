@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.buckets import Bucket, bucket_names, condition_columns, parse_buckets, split_conditions
+from data_prep.catalog import DatasetEntry
 from data_prep.errors import UserError
 from data_prep.manifest import BUCKETS_WORK_NAME, WORK_NAME, sha256_of
 from data_prep.paths import data_dir, dataset_folder
@@ -47,6 +48,7 @@ class Options:
     sample: str | None = None  # first or spread
     skip_failed: bool = False
     keep_downloads: bool = False
+    tokenized: str | None = None  # one of catalog.TOKENIZED
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Plan:
                     "on_bad_record": entry.on_bad_record,
                     "max_documents": source.max_documents,
                     "split_lines": source.is_split_by_line,
+                    **({"tokenized": entry.tokenized} if entry.tokenized else {}),
                 }
             )
         return {
@@ -138,8 +141,10 @@ def make_plan(options: Options) -> Plan:
         text_column=options.text_column,
         on_bad_record=options.on_bad_record,
         split_lines=options.split_lines,
+        tokenized=options.tokenized,
     )
     entries = [source.entry for source in sources]
+    _check_tokenized(entries, options.tokenizer)
     if options.out is None and len(sources) > 1:
         raise UserError("prep: several sources make one dataset, which needs a name. Add --out data/<name>.")
     folder = Path(options.out) if options.out is not None else data_dir() / entries[0].name
@@ -173,6 +178,21 @@ def make_plan(options: Options) -> Plan:
         keep_downloads=options.keep_downloads,
         failed=failed,
     )
+
+
+def _check_tokenized(entries: list[DatasetEntry], tokenizer: str | None) -> None:
+    if not any(entry.tokenized for entry in entries):
+        return
+    text = next((entry.name for entry in entries if not entry.tokenized), None)
+    if text is not None:
+        raise UserError(
+            f"prep: {text} is text but another source holds ids. Prepare them apart, and mix them in a recipe."
+        )
+    if tokenizer is None or tokenizer.startswith("train:"):
+        raise UserError(
+            f"prep: {entries[0].name} is tokenized already, and only with its tokenizer its ids mean something. "
+            "Give the one that made them: --tokenizer <Hub id or folder>."
+        )
 
 
 def _list_local(
@@ -234,7 +254,7 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
     for number, source in enumerate(plan.sources):
         entry = source.entry
         sizes = [
-            file.size * (1 if file.format in ("text", "python", "jsonl") else COMPRESSION)
+            file.size * (1 if file.format in ("text", "python", "jsonl") else 2 if entry.tokenized else COMPRESSION)
             for n, file in files
             if n == number
         ]

@@ -172,6 +172,8 @@ def _is_small_and_strict(plan: Plan) -> bool:
     """Whether reading everything once before writing costs little: then every error comes first."""
     is_local = all(source.entry.path is not None for source in plan.sources)
     size = sum(file.size for files in plan.local_files.values() for file in files)
+    if any(source.entry.tokenized for source in plan.sources):
+        return False  # its ids mean nothing before there is a tokenizer
     is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources) and not plan.skip_failed
     return is_local and size <= MAX_HASHED_BYTES and is_strict and plan.max_tokens is None
 

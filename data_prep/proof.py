@@ -50,7 +50,7 @@ def choose_encoder(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option:
         if known["key"] == key:
             return EncoderChoice(**known["choice"])
     choice = _try(plan, stream, tokenizer, option)
-    if choice.why and option == "auto":
+    if choice.why and option == "auto" and choice.name != "none":
         print(f"encoder: {choice.name}, because {choice.why}.", flush=True)
     write_whole(path, json.dumps({"key": key, "choice": asdict(choice)}))
     return choice
@@ -73,6 +73,8 @@ def give_up(plan: Plan, tokenizer: TokenizerInfo, option: str, mismatch: Encoder
 
 def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
     reference = EncoderChoice(reference_name(), False)
+    if any(source.entry.tokenized for source in plan.sources):
+        return EncoderChoice("none", False, "the source is tokenized already")
     if option == "hf":
         return EncoderChoice(reference.name, False, "--encoder is hf")
     name = fast_name()

@@ -32,9 +32,9 @@ def iter_spread_units(
     Raises:
         UserError: documents go over the borders of files, so that no part of them can be taken alone.
     """
-    if source.entry.document_start is not None:
+    if source.entry.document_start is not None or source.entry.tokenized is not None:
         raise UserError(
-            f"{source.label}: sample is spread but its documents are joined from records in a row (document_start). "
+            f"{source.label}: sample is spread but its documents are joined from records in a row, or ids already. "
             "Take it in its order: --sample first."
         )
     units = []

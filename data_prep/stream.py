@@ -128,6 +128,7 @@ class Stream:
             entry.document_start,
             self.sources[number].is_split_by_line,
             self.buckets,
+            entry.tokenized,
         )
 
     def take(self, job: Job, result: UnitResult) -> Taken | None:

@@ -63,7 +63,8 @@ def iter_units(
         files: The split's files with their numbers in documents/files.jsonl.
         unit_bytes: About so large is a unit.
     """
-    if source.entry.document_start is not None:
+    is_stream = (source.entry.tokenized or "").startswith("stream") and any(file.format != "bin" for _, file in files)
+    if source.entry.document_start is not None or is_stream:
         # Documents may go on from one file to the next: one worker reads them all, in order.
         pieces = tuple(Piece(index, downloads.path(index), file.format) for index, file in files)
         yield Unit(number, split, pieces, sum(file.size for _, file in files))
@@ -83,9 +84,9 @@ def iter_units(
             group, group_bytes = [], 0
         if file.format == "parquet":
             yield from _cut_parquet(source, number, split, index, file, downloads, unit_bytes)
-        elif file.format.endswith((".gz", ".zst")):
+        elif file.format.endswith((".gz", ".zst")) or file.format == "arrow":
             yield Unit(number, split, (Piece(index, path, file.format),), file.size)
-        elif file.format == "jsonl" or source.is_split_by_line:
+        elif file.format in ("jsonl", "bin") or source.is_split_by_line:
             yield from _cut_lines(number, split, index, file, path, unit_bytes)
     if group:
         yield Unit(number, split, tuple(group), group_bytes, len(group))

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from data_prep.catalog import DatasetEntry
 from data_prep.errors import UserError
 from data_prep.retries import PASSING_STATUS, StoppedError, retry_after_s, status_of, try_again
-from data_prep.sources import SourceFile, source_format
+from data_prep.sources import SourceFile, readable_formats, source_format
 
 RANGE_BYTES = 32_000_000
 STALLED_S = 30  # without a byte
@@ -29,7 +29,7 @@ def list_url_files(entry: DatasetEntry) -> list[SourceFile]:
         UserError: no package for such addresses, nothing there, no permission, no answer.
     """
     files, root = try_again(
-        lambda: _list_files(entry.url), entry.url, _is_passing, lambda error: _explain(error, entry.url)
+        lambda: _list_files(entry), entry.url, _is_passing, lambda error: _explain(error, entry.url)
     )
     if not files:
         raise UserError(
@@ -37,7 +37,7 @@ def list_url_files(entry: DatasetEntry) -> list[SourceFile]:
         )
     names = {path: path.removeprefix(root).lstrip("/") for path in files}
     return [
-        SourceFile(names[path], source_format(names[path], entry.url), size, identity, path=None)
+        SourceFile(names[path], source_format(names[path], entry.url, entry), size, identity, path=None)
         for path, (size, identity) in sorted(files.items())
     ]
 
@@ -97,7 +97,12 @@ def read_range(
     """
 
     def read() -> bytes:
-        data = system.cat_file(path, start=start, end=end)
+        if "hf" in system.protocol:  # whose cat_file reads ahead
+            with system.open(path, "rb", cache_type="none") as file:
+                file.seek(start)
+                data = file.read(end - start)
+        else:
+            data = system.cat_file(path, start=start, end=end)
         if size is not None and len(data) == size:
             data = data[start:end]
         if len(data) != end - start:
@@ -107,14 +112,16 @@ def read_range(
     return try_again(read, what, _is_passing, lambda error: _explain(error, what), stop=stop)
 
 
-def _list_files(url: str) -> tuple[dict[str, tuple[int, str]], str]:
+def _list_files(entry: DatasetEntry) -> tuple[dict[str, tuple[int, str]], str]:
+    url = entry.url
     system, path = _open_system(url)
     if any(letter in path for letter in "*?["):
         infos = system.glob(path, detail=True).values()
         fixed = path[: min(path.index(letter) for letter in "*?[" if letter in path)]
         root = fixed.rpartition("/")[0]
     elif urlsplit(url).scheme not in ("http", "https") and system.isdir(path):
-        infos = [info for info in system.find(path, detail=True).values() if _is_known(info["name"])]
+        known = tuple(readable_formats(entry))
+        infos = [info for info in system.find(path, detail=True).values() if info["name"].lower().endswith(known)]
         root = path
     else:
         infos, root = [system.info(path)], path.rpartition("/")[0]
@@ -163,12 +170,6 @@ def _identity(info: dict[str, Any]) -> str:
         if info.get(key):
             return f"{key.lower()}:{info[key]}".replace('"', "")
     return f"size:{info['size']}"
-
-
-def _is_known(name: str) -> bool:
-    from data_prep.sources import FORMATS
-
-    return name.lower().endswith(tuple(FORMATS))
 
 
 def _is_passing(error: BaseException) -> bool:
