@@ -56,6 +56,10 @@ class Downloads:
         """Where a file with only these row groups will lie."""
         return str(self.folder / str(index) / f"groups-{start}-{end}" / Path(self.files[index][1].name).name)
 
+    def footer_path(self, index: int) -> Path:
+        """Where the end of a Parquet file is kept, of which parts are read."""
+        return self.folder / f"{index}.footer"
+
     def is_remote(self, index: int) -> bool:
         """Whether the file has to come from elsewhere."""
         return self.files[index][1].path is None
@@ -156,10 +160,14 @@ class Downloads:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as out:
             out.truncate(file.size)
-            ranges = [(groups[piece.start][2], groups[piece.end - 1][3]), (0, 4), (groups[-1][3], file.size)]
-            for start, end in ranges:
-                out.seek(start)
-                out.write(urls.read_range(system, path, start, end, what, self._stop))
+            out.seek(0)
+            out.write(b"PAR1")
+            start, end = groups[piece.start][2], groups[piece.end - 1][3]
+            out.seek(start)
+            out.write(urls.read_range(system, path, start, end, what, self._stop))
+            footer = self.footer_path(piece.file).read_bytes()
+            out.seek(file.size - len(footer))
+            out.write(footer)
         os.replace(temporary, target)
 
 

@@ -83,6 +83,9 @@ def read_far_groups(source: Source, index: int, file: SourceFile, downloads: Dow
         length = struct.unpack("<I", tail[-8:-4])[0] + 8
         if FOOTER_BYTES < length < file.size:
             tail = read_range(system, path, file.size - length, file.size, what, size=file.size)
+        tail = tail[-length:]
+    downloads.folder.mkdir(parents=True, exist_ok=True)
+    downloads.footer_path(index).write_bytes(tail)
     return read_groups(pa.BufferReader(tail), source)
 
 
