@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
 
 SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large enough to be few
+NUM_WRITERS = 2  # shards in memory at a time
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,25 @@ def write_split(
     num_blocks = int(starts[-1]) // block_size
     rows_per_shard = max(SHARD_TOKENS // block_size, 1)
     (folder / split).mkdir(exist_ok=True)
-    shards: list[ShardInfo] = []
-    num_used = 0  # runs that no later shard needs
-    for number in range(max(-(-num_blocks // rows_per_shard), 1)):
+
+    def write(number: int) -> ShardInfo:
         first = number * rows_per_shard
         rows = min(rows_per_shard, num_blocks - first)
         path = folder / split / f"data-{number:05d}.arrow"
         if not path.exists():
             tokens = _read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
             _write_shard(path, tokens, block_size)
-        while num_used < len(units) and starts[num_used + 1] <= (first + rows) * block_size:
-            run_path(work, units[num_used].key, run).unlink(missing_ok=True)
-            num_used += 1
-        shards.append(ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path)))
+        return ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
+
+    shards: list[ShardInfo] = []
+    num_used = 0  # runs that no later shard needs
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:  # reading, writing and hashing leave Python to others
+        for shard in pool.map(write, range(max(-(-num_blocks // rows_per_shard), 1))):
+            shards.append(shard)
+            done = (len(shards) - 1) * rows_per_shard * block_size + shard.num_blocks * block_size
+            while num_used < len(units) and starts[num_used + 1] <= done:
+                run_path(work, units[num_used].key, run).unlink(missing_ok=True)
+                num_used += 1
     _write_dataset_files(folder / split, split, shards, block_size, dtype)
     return tuple(shards)
 
@@ -128,10 +136,11 @@ def _read_range(
     while position < end:
         stop = min(int(starts[index + 1]), end)
         if stop > position:
-            path = run_path(work, units[index].key, run)
-            offset = (position - int(starts[index])) * dtype.itemsize
-            tokens = np.fromfile(path, dtype=dtype, count=stop - position, offset=offset)
-            out[position - first : stop - first] = tokens
+            with open(run_path(work, units[index].key, run), "rb", buffering=0) as file:
+                file.seek((position - int(starts[index])) * dtype.itemsize)
+                wanted = out[position - first : stop - first].view(np.uint8)
+                if file.readinto(wanted) != len(wanted):
+                    raise OSError(f"{file.name}: ends before its {units[index].num_tokens[run]:,} tokens")
             position = stop
         index += 1
     return out

@@ -91,6 +91,9 @@ def _check_dataset_files(folder: Path, names: list[str], manifest: Manifest) -> 
 def _check_counts(folder: Path, manifest: Manifest, split: str) -> list[str]:
     """Count tokens, ends of documents and the document map again."""
     info, tokenizer = manifest.splits[split], manifest.tokenizer
+    num_in_shards = sum(shard.num_blocks for shard in info.shards)
+    if info.num_blocks != num_in_shards:
+        return [f"{folder}/manifest.json: {split} has num_blocks {info.num_blocks:,} but its shards {num_in_shards:,}"]
     blocks, documents = Blocks(folder, split), DocumentMap(folder, split)
     problems = []
     first = documents.first_tokens.to_numpy().astype(np.int64)

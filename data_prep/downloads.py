@@ -79,10 +79,21 @@ class Downloads:
         """Have what a piece is made of here."""
         if not self.is_remote(piece.file):
             return
-        if _GROUPS_OF.fullmatch(Path(piece.path).parent.name):
+        if self._is_part(piece):
             self._fetch(piece.path, lambda: self._download_groups(piece))
         else:
             self.fetch(piece.file)
+
+    def fetch_unit(self, pieces: Iterable[Piece]) -> None:
+        """Have what a unit is made of here."""
+        for piece in pieces:
+            self.fetch_piece(piece)
+
+    def forget_parts(self, pieces: Iterable[Piece]) -> None:
+        """Remove what was read of files in parts."""
+        for piece in pieces:
+            if self._is_part(piece):
+                Path(piece.path).unlink(missing_ok=True)
 
     def ahead(self, indexes: Iterable[int]) -> None:
         """Begin to download files that will be needed soon."""
@@ -105,6 +116,10 @@ class Downloads:
             if Path(path).is_relative_to(self.folder):
                 Path(path).unlink(missing_ok=True)
         self._current = now
+
+    def is_far(self, index: int) -> bool:
+        """Whether the file has to come from elsewhere and is not here yet."""
+        return self.is_remote(index) and not os.path.exists(self.path(index))
 
     def remembered_groups(self, index: int, read: Callable[[], list[Any]]) -> list[Any]:
         """What `read` says of a file's row groups; of one that was downloaded it is known after it was removed."""
@@ -130,6 +145,9 @@ class Downloads:
         self._stop.set()
         for download in self._threads.values():
             download.thread.join(timeout=1)
+
+    def _is_part(self, piece: Piece) -> bool:
+        return self.is_remote(piece.file) and _GROUPS_OF.fullmatch(Path(piece.path).parent.name) is not None
 
     def _fetch(self, path: str, download: Callable[[], None]) -> None:
         begun = self._threads.pop(path, None)

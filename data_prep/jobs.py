@@ -86,5 +86,4 @@ def _fetch(plan: Plan, stream: Stream, unit: Unit, key: str) -> None:
     """Have here what a unit is made of, unless an earlier attempt finished it."""
     is_far = any(stream.downloads.is_remote(piece.file) for piece in unit.pieces)
     if is_far and load_result(plan.work, key) is None:
-        for piece in unit.pieces:
-            stream.downloads.fetch_piece(piece)
+        stream.downloads.fetch_unit(unit.pieces)

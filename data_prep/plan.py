@@ -265,7 +265,7 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
     estimate = max(int(min(estimate, plan.max_tokens or estimate)), 1)
     fraction = min(plan.val_fraction, plan.val_max_tokens / estimate)
     return {
-        "hash": "blake2b-64 of the UTF-8 text, big-endian",
+        "hash": "XXH3, 64 bits, of the UTF-8 text",
         "threshold": int(fraction * 2**64),
         "fraction": fraction,
         "estimated_tokens": estimate,

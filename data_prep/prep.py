@@ -28,14 +28,16 @@ from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_encoder, give_up
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
-from data_prep.sources import MAX_HASHED_BYTES, SourceFile
+from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
-from data_prep.tokenizer_training import DEFAULT_SAMPLE_BYTES, ControlTokens, iter_sample, train_tokenizer
+from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
+from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 from data_prep.units import UNIT_BYTES
 from data_prep.urls import list_url_files
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
+READ_TWICE_BYTES = 32_000_000  # of input: a moment
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
 
 
@@ -175,7 +177,7 @@ def _is_small_and_strict(plan: Plan) -> bool:
     if any(source.entry.tokenized for source in plan.sources):
         return False  # its ids mean nothing before there is a tokenizer
     is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources) and not plan.skip_failed
-    return is_local and size <= MAX_HASHED_BYTES and is_strict and plan.max_tokens is None
+    return is_local and size <= READ_TWICE_BYTES and is_strict and plan.max_tokens is None
 
 
 def train_from_sources(

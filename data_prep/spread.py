@@ -8,7 +8,7 @@ files.
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from data_prep.downloads import FILES_AHEAD, Downloads
 from data_prep.errors import UserError
 from data_prep.readers import READ_BYTES, Piece
 from data_prep.sources import Source, SourceFile
-from data_prep.units import Unit, iter_units, ranges_of_groups, read_groups, unreadable
+from data_prep.units import UNIT_BYTES, Unit, iter_units, ranges_of_groups, read_groups, unreadable
 from data_prep.urls import read_range
 
+MOST_FOOTERS = 64  # of files are looked at for a sample: each is a request
 FOOTER_BYTES = 2**16  # read at first; a footer that is longer takes a second request
 
 
@@ -39,7 +40,7 @@ def iter_spread_units(
         )
     units = []
     for index, file in files:
-        if file.format == "parquet" and downloads.is_remote(index):
+        if file.format == "parquet" and downloads.is_far(index):
             units += _cut_far_parquet(source, number, index, file, downloads, unit_bytes)
         elif downloads.is_remote(index) and file.format == "jsonl":
             units.append(Unit(number, "train", (Piece(index, downloads.path(index), file.format),), file.size))
@@ -52,6 +53,41 @@ def iter_spread_units(
         soon = units[position + 1 : position + 1 + FILES_AHEAD]
         downloads.pieces_ahead(piece for each in soon for piece in each.pieces if piece.format == "parquet")
         yield unit
+
+
+def sample_units(
+    source: Source,
+    number: int,
+    files: list[tuple[int, SourceFile]],
+    downloads: Downloads,
+    num_bytes: int,
+    draw: Callable[[str], int],
+) -> list[Unit]:
+    """Train units of a source for a sample of so many bytes, which `Downloads.fetch_unit` brings here.
+
+    All of them where the files lie here, or are not more than the sample. Of others the row groups of MOST_FOOTERS
+    Parquet files, or as many other files as hold so much.
+
+    Args:
+        draw: a file's place in the order in which they are taken, by its name.
+    """
+    is_little = sum(file.size for index, file in files if downloads.is_far(index)) <= num_bytes
+    if is_little or source.entry.document_start is not None:
+        return list(iter_units(source, number, files, "train", downloads, UNIT_BYTES))
+    drawn = sorted(files, key=lambda item: draw(item[1].name))
+    parquet = [item for item in drawn if item[1].format == "parquet" and downloads.is_far(item[0])]
+    units = []
+    for index, file in sorted(parquet[:MOST_FOOTERS], key=lambda item: item[0]):
+        units += _cut_far_parquet(source, number, index, file, downloads, UNIT_BYTES)
+    others, size = [], 0
+    for index, file in drawn:
+        is_part = file.format == "parquet" and downloads.is_far(index)
+        if not is_part and size < num_bytes:
+            others.append((index, file))
+            size += file.size
+    return units + list(
+        iter_units(source, number, sorted(others, key=lambda item: item[0]), "train", downloads, UNIT_BYTES)
+    )
 
 
 def _rank(name: str, start: int) -> bytes:

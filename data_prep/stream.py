@@ -6,7 +6,7 @@ workers.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,7 @@ from data_prep.ledger import TRAIN, VALIDATION, Counts, count_rows
 from data_prep.manifest import SPLITS
 from data_prep.readers import Reading, read_records
 from data_prep.sources import Source, SourceFile
-from data_prep.spread import iter_spread_units
+from data_prep.spread import iter_spread_units, sample_units
 from data_prep.units import Unit, iter_units, unit_size
 
 MAX_PROBLEMS_SHOWN = 5
@@ -111,13 +111,22 @@ class Stream:
                 unit = next(units, None)
                 if unit is None:
                     return
-                for piece in unit.pieces:
-                    self.downloads.fetch_piece(piece)
+                self.downloads.fetch_unit(unit.pieces)
             except UserError:
                 if not self.skip_failed:
                     raise
                 return  # encoding meets it again, and notes it
             yield unit
+
+    def sample_units(self, number: int, num_bytes: int, draw: Callable[[str], int]) -> list[Unit]:
+        """Train units of a source for a sample of so many bytes: all, but of files elsewhere only as many as needed.
+
+        Args:
+            draw: a file's place in the order in which they are taken, by its name.
+        """
+        return sample_units(
+            self.sources[number], number, self._files_of(number, "train"), self.downloads, num_bytes, draw
+        )
 
     def reading(self, number: int) -> Reading:
         """How the source's records become documents."""
