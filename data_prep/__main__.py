@@ -156,10 +156,15 @@ def _prep(options: argparse.Namespace) -> int:
     from data_prep.prep import prepare
 
     names = set(Options.__dataclass_fields__) - {"specs"}
+    chosen = Options(tuple(options.sources), **{name: value for name, value in vars(options).items() if name in names})
+    if options.estimate:
+        from data_prep.estimate import default_num_proc, describe_estimate
+        from data_prep.plan import make_plan
+
+        print(describe_estimate(make_plan(chosen), chosen.num_proc or default_num_proc()))
+        return 0
     try:
-        prepare(
-            Options(tuple(options.sources), **{name: value for name, value in vars(options).items() if name in names})
-        )
+        prepare(chosen)
     except LedgerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,11 @@ def add_source_options(prep: argparse.ArgumentParser) -> None:
         "that is cut at each EOS, or a .bin (nanoGPT's), always a stream",
     )
     prep.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say documents, tokens, disk and time of it from a small sample, and write nothing",
+    )
+    prep.add_argument(
         "--skip-failed",
         action="store_true",
         help="a source that cannot be read (on) ends there, which the ledger says, instead of ending the preparation",

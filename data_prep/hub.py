@@ -23,8 +23,11 @@ from data_prep.retries import PASSING_STATUS, Result, status_of, try_again
 from data_prep.sources import SourceFile, source_format
 
 
-def list_hub_files(entry: DatasetEntry) -> list[SourceFile]:
+def list_hub_files(entry: DatasetEntry, is_remembered: bool = True) -> list[SourceFile]:
     """The files of the entry's splits, in the repository's order, pinned to the commit that `entry.revision` is now.
+
+    Args:
+        is_remembered: Write the list down for times without network.
 
     Raises:
         UserError: no network, offline and never listed, gated, no such dataset, revision, config or split.
@@ -37,6 +40,8 @@ def list_hub_files(entry: DatasetEntry) -> list[SourceFile]:
             raise
         print(f"{entry.repository}: the Hub is not reachable; using the file list of the last time.", file=sys.stderr)
         return [SourceFile(**file) for file in json.loads(remembered.read_text(encoding="utf-8"))]
+    if not is_remembered:
+        return files
     remembered.parent.mkdir(parents=True, exist_ok=True)
     temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")

@@ -42,44 +42,50 @@ def make_jobs(
     plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int
 ) -> Iterator[Job | None]:
     """The stream's units with all that their results depend on, lazily; None as in `Stream.units`."""
-    identities = [file.identity for _, file in stream.files]
-    dtype = str(token_dtype(tokenizer.vocab_size))
     for unit in stream.units():
         if unit is None:
             yield None
             continue
-        source = plan.sources[unit.source]
-        reading = stream.reading(unit.source)
-        is_skipped = source.entry.on_bad_record == "skip"
-        unit_threshold = 0 if source.has_official_validation else threshold
-        settings = {
-            "tokenizer": tokenizer.sha256,
-            "encoder": encoder.name,
-            "compare_ids": encoder.compare_ids,
-            "dtype": dtype,
-            "threshold": unit_threshold,
-            "is_bad_skipped": is_skipped,
-            "reading": asdict(reading),
-        }
-        key = unit.key(settings, identities)
+        job = make_job(plan, stream, unit, tokenizer, encoder, threshold)
         try:
-            _fetch(plan, stream, unit, key)
+            _fetch(plan, stream, unit, job.key)
         except UserError as error:
             stream.fail(unit.source, error)
             continue
-        yield Job(
-            unit=unit,
-            key=key,
-            work=plan.work,
-            tokenizer_folder=plan.tokenizer_folder,
-            tokenizer=replace(tokenizer, source=None),  # hashable: a worker keeps its encoder by it
-            dtype=dtype,
-            threshold=unit_threshold,
-            reading=reading,
-            is_bad_skipped=is_skipped,
-            is_fast=encoder.is_fast,
-            compare_ids=encoder.compare_ids,
-        )
+        yield job
+
+
+def make_job(
+    plan: Plan, stream: Stream, unit: Unit, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int
+) -> Job:
+    """A unit with all that its result depends on."""
+    source = plan.sources[unit.source]
+    reading = stream.reading(unit.source)
+    is_skipped = source.entry.on_bad_record == "skip"
+    unit_threshold = 0 if source.has_official_validation else threshold
+    dtype = str(token_dtype(tokenizer.vocab_size))
+    settings = {
+        "tokenizer": tokenizer.sha256,
+        "encoder": encoder.name,
+        "compare_ids": encoder.compare_ids,
+        "dtype": dtype,
+        "threshold": unit_threshold,
+        "is_bad_skipped": is_skipped,
+        "reading": asdict(reading),
+    }
+    return Job(
+        unit=unit,
+        key=unit.key(settings, [stream.files[piece.file][1].identity for piece in unit.pieces]),
+        work=plan.work,
+        tokenizer_folder=plan.tokenizer_folder,
+        tokenizer=replace(tokenizer, source=None),  # hashable: a worker keeps its encoder by it
+        dtype=dtype,
+        threshold=unit_threshold,
+        reading=reading,
+        is_bad_skipped=is_skipped,
+        is_fast=encoder.is_fast,
+        compare_ids=encoder.compare_ids,
+    )
 
 
 def _fetch(plan: Plan, stream: Stream, unit: Unit, key: str) -> None:

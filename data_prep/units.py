@@ -34,10 +34,14 @@ class Unit:
     continues_file: bool = False
 
     def key(self, settings: dict, identities: list[str]) -> str:
-        """The name of the unit's result: equal exactly when input and settings are."""
+        """The name of the unit's result: equal exactly when input and settings are.
+
+        Args:
+            identities: of the pieces' files.
+        """
         parts = [
-            [piece.file, identities[piece.file], piece.format, piece.start, piece.end, piece.first_record]
-            for piece in self.pieces
+            [piece.file, identity, piece.format, piece.start, piece.end, piece.first_record]
+            for piece, identity in zip(self.pieces, identities, strict=True)
         ]
         text = json.dumps([settings, self.source, self.split, parts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
