@@ -36,6 +36,7 @@ class Downloads:
 
     def __init__(self, sources: tuple[Source, ...], files: list[tuple[int, SourceFile]], folder: Path, is_kept: bool):
         self.sources, self.files, self.folder, self.is_kept = sources, files, folder, is_kept
+        self.is_cut_from_afar = False  # Parquet files are cut into units by their ends alone, without a download
         self._threads: dict[str, _Download] = {}
         self._stop = threading.Event()
         self._current: set[str] = set()  # what the unit that was taken last is made of
@@ -97,7 +98,7 @@ class Downloads:
 
     def ahead(self, indexes: Iterable[int]) -> None:
         """Begin to download files that will be needed soon."""
-        for index in indexes:
+        for index in () if self.is_cut_from_afar else indexes:
             path = self.path(index)
             is_known = (self.folder / f"{index}.json").exists()  # its units may be done: see when they are asked for
             if self.is_remote(index) and not is_known and not os.path.exists(path) and path not in self._threads:

@@ -20,8 +20,8 @@ from data_prep.encode import encode_unit, rows_path
 from data_prep.encoder import EncoderChoice, load_tokenizer_json, reference_name
 from data_prep.errors import UserError
 from data_prep.fast_encoder import FastEncoder, fast_name, structure_problem
-from data_prep.hub import list_hub_files
 from data_prep.jobs import make_job, make_stream
+from data_prep.listing import list_far_files
 from data_prep.manifest import token_dtype
 from data_prep.plan import BYTES_PER_TOKEN, Plan
 from data_prep.readers import Piece, read_records
@@ -31,7 +31,7 @@ from data_prep.spread import sample_units
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
 from data_prep.units import Unit
-from data_prep.urls import list_url_files, read_range
+from data_prep.urls import read_range
 
 SAMPLE_BYTES = 2_000_000  # of each sample, before compression
 MOST_SAMPLES = 8  # of each source
@@ -82,17 +82,14 @@ def describe_estimate(plan: Plan, num_proc: int) -> str:
         files = [
             (number, file)
             for number, source in enumerate(plan.sources)
-            for file in (plan.local_files[number] if source.entry.path is not None else _list_far(plan, number))
+            for file in (
+                plan.local_files[number] if source.entry.path is not None else list_far_files(source.entry, False)
+            )
         ]
         stream = make_stream(trial, files)
         estimates, encoder, dtype = _measure(trial, stream)
         stream.downloads.close()
     return "\n".join(_lines(plan, estimates, files, stream, encoder, dtype, num_proc))
-
-
-def _list_far(plan: Plan, number: int) -> list[SourceFile]:
-    entry = plan.sources[number].entry
-    return list_hub_files(entry, is_remembered=False) if entry.repository is not None else list_url_files(entry)
 
 
 def _measure(plan: Plan, stream: Stream) -> tuple[list[SourceEstimate], str, str]:

@@ -9,18 +9,18 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.align import Taken
 from data_prep.buckets import column_names
-from data_prep.catalog import DatasetEntry
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
-from data_prep.hub import list_hub_files
 from data_prep.jobs import make_jobs, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
+from data_prep.listing import list_all_files, list_far_files
 from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
 from data_prep.output import write_dataset, write_whole
@@ -34,7 +34,6 @@ from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
 from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
 from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 from data_prep.units import UNIT_BYTES
-from data_prep.urls import list_url_files
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
 READ_TWICE_BYTES = 32_000_000  # of input: a moment
@@ -72,10 +71,21 @@ def prepare(options: Options) -> dict[str, Manifest]:
             _leave_nothing_unfinished(plan)
 
 
-def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Manifest]:
+@dataclass
+class Settled:
+    """What is fixed before anything is encoded."""
+
+    files: list[tuple[int, SourceFile]]
+    validation: dict[str, Any]
+    stream: Stream
+    tokenizer: TokenizerInfo
+
+
+def settle(plan: Plan) -> Settled:
+    """Paragraphs 2 and 3: the files, the share of validation, and the tokenizer."""
     work = plan.work
     # 2. The files of all sources, those on the Hub pinned to a commit; the share of validation, fixed from their sizes.
-    files = _list_all_files(plan, work)
+    files = list_all_files(plan)
     validation = val_threshold(plan, files)
     stream = make_stream(plan, files)
     if _is_small_and_strict(plan):
@@ -89,29 +99,39 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
         save_request(plan)
 
     # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
-    tokenizer = _settle_tokenizer(plan, stream, validation["threshold"], work)
+    return Settled(files, validation, stream, _settle_tokenizer(plan, stream, validation["threshold"], work))
 
+
+def encode_all(plan: Plan, settled: Settled, workers: Workers, encoder_option: str) -> dict[str, Any]:
+    """Paragraph 4: what of each unit is kept, the ledgers, and the encoder; from the working folder if it is there."""
     # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream. The fast encoder has
     # to prove itself; when it fails later, the reference does everything again.
-    state_path = work / ALIGN_STATE
+    state_path = plan.work / ALIGN_STATE
     if state_path.exists():
-        state = json.loads(state_path.read_text(encoding="utf-8"))
-    else:
-        choice = choose_encoder(plan, stream, tokenizer, encoder_option)
-        try:
-            units = _encode(plan, stream, tokenizer, choice, validation["threshold"], workers)
-        except EncoderMismatchError as mismatch:
-            choice = give_up(plan, tokenizer, encoder_option, mismatch)
-            stream = make_stream(plan, files)
-            units = _encode(plan, stream, tokenizer, choice, validation["threshold"], workers)
-        state = {
-            "units": [asdict(unit) for unit in units],
-            "ledgers": _make_ledgers(plan, stream),
-            "encoder": choice.for_manifest(stream.num_compared),
-        }
-        _check_values(plan, stream)
-        _check_length(plan, stream)
-        write_whole(state_path, json.dumps(state))
+        return json.loads(state_path.read_text(encoding="utf-8"))
+    stream, tokenizer, threshold = settled.stream, settled.tokenizer, settled.validation["threshold"]
+    choice = choose_encoder(plan, stream, tokenizer, encoder_option)
+    try:
+        units = _encode(plan, stream, tokenizer, choice, threshold, workers)
+    except EncoderMismatchError as mismatch:
+        choice = give_up(plan, tokenizer, encoder_option, mismatch)
+        stream = make_stream(plan, settled.files)
+        units = _encode(plan, stream, tokenizer, choice, threshold, workers)
+    state = {
+        "units": [asdict(unit) for unit in units],
+        "ledgers": _make_ledgers(plan, stream),
+        "encoder": choice.for_manifest(stream.num_compared),
+    }
+    _check_values(plan, stream)
+    _check_length(plan, stream)
+    write_whole(state_path, json.dumps(state))
+    return state
+
+
+def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Manifest]:
+    work, settled = plan.work, settle(plan)
+    files, validation, tokenizer = settled.files, settled.validation, settled.tokenizer
+    state = encode_all(plan, settled, workers, encoder_option)
     taken = [Taken(**unit) for unit in state["units"]]
 
     # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
@@ -136,38 +156,6 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
 
 def _load_manifests(plan: Plan) -> dict[str, Manifest]:
     return {bucket: load_manifest(folder) for bucket, folder in plan.outputs.items()}
-
-
-def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
-    files = []
-    for number, source in enumerate(plan.sources):
-        if number in plan.failed:
-            print(f"warning: source {source.label} failed and is left out: {plan.failed[number]}", file=sys.stderr)
-            continue
-        if source.entry.path is not None:
-            found = plan.local_files[number]
-        else:
-            pinned = work / f"hub-{number}.json"  # an interrupted preparation goes on with the same commit
-            if pinned.exists():
-                found = [SourceFile(**file) for file in json.loads(pinned.read_text(encoding="utf-8"))]
-            else:
-                try:
-                    found = list_far_files(source.entry)
-                except UserError as error:
-                    make_stream(plan, []).fail(number, error)  # which it does not survive, unless it may be left out
-                    plan.failed[number] = str(error)
-                    continue
-                work.mkdir(exist_ok=True)
-                write_whole(pinned, json.dumps([asdict(file) for file in found]))
-        files += [(number, file) for file in found]
-    if not files:
-        raise UserError(f"{plan.folder}: no source is left to read. " + " ".join(plan.failed.values()))
-    return files
-
-
-def list_far_files(entry: DatasetEntry) -> list[SourceFile]:
-    """The files of a source that does not lie here."""
-    return list_hub_files(entry) if entry.repository is not None else list_url_files(entry)
 
 
 def _is_small_and_strict(plan: Plan) -> bool:

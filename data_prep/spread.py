@@ -7,22 +7,19 @@ files.
 """
 
 import hashlib
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from data_prep.downloads import FILES_AHEAD, Downloads
 from data_prep.errors import UserError
 from data_prep.readers import READ_BYTES, Piece
+from data_prep.row_groups import ranges_of_groups, read_far_groups, unreadable
 from data_prep.sources import Source, SourceFile
-from data_prep.units import UNIT_BYTES, Unit, iter_units, ranges_of_groups, read_groups, unreadable
-from data_prep.urls import read_range
+from data_prep.units import UNIT_BYTES, Unit, iter_units
 
 MOST_FOOTERS = 64  # of files are looked at for a sample: each is a request
-FOOTER_BYTES = 2**16  # read at first; a footer that is longer takes a second request
 
 
 def iter_spread_units(
@@ -106,23 +103,6 @@ def _cut_far_parquet(
     for start, end, first_row, rows, num_bytes in ranges_of_groups(groups, file.size, unit_bytes):
         piece = Piece(index, downloads.groups_path(index, start, end), "parquet", start, end, first_row)
         yield Unit(number, "train", (piece,), num_bytes, rows)
-
-
-def read_far_groups(source: Source, index: int, file: SourceFile, downloads: Downloads) -> list[Any]:
-    """`read_groups` of a file that lies elsewhere, from its footer."""
-    import pyarrow as pa
-
-    system, path = downloads.range_reader(index)
-    what = f"{source.label}: {file.name}"
-    tail = read_range(system, path, max(file.size - FOOTER_BYTES, 0), file.size, what, size=file.size)
-    if len(tail) >= 8 and tail[-4:] == b"PAR1":
-        length = struct.unpack("<I", tail[-8:-4])[0] + 8
-        if FOOTER_BYTES < length < file.size:
-            tail = read_range(system, path, file.size - length, file.size, what, size=file.size)
-        tail = tail[-length:]
-    downloads.folder.mkdir(parents=True, exist_ok=True)
-    downloads.footer_path(index).write_bytes(tail)
-    return read_groups(pa.BufferReader(tail), source)
 
 
 def _with_first_lines(units: list[Unit]) -> list[Unit]:

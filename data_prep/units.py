@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_prep.downloads import FILES_AHEAD, Downloads
-from data_prep.errors import UserError
-from data_prep.readers import Piece, check_parquet_column
+from data_prep.readers import Piece
+from data_prep.row_groups import ranges_of_groups, read_far_groups, read_groups, unreadable
 from data_prep.sources import Source, SourceFile
 
 UNIT_BYTES = 8_000_000  # a few seconds of work: what a kill loses, and how evenly the last units spread over workers
@@ -108,8 +108,14 @@ def _cut_parquet(
     import pyarrow as pa
 
     path = downloads.path(index)
+
+    def read() -> list[tuple[int, int, int, int]]:
+        if downloads.is_cut_from_afar and downloads.is_far(index):
+            return read_far_groups(source, index, file, downloads)
+        return read_groups(downloads.fetch(index), source)
+
     try:
-        groups = downloads.remembered_groups(index, lambda: read_groups(downloads.fetch(index), source))
+        groups = downloads.remembered_groups(index, read)
     except (OSError, pa.ArrowException) as error:
         if source.entry.on_bad_record == "fail":
             raise unreadable(path, error) from error
@@ -117,46 +123,3 @@ def _cut_parquet(
         return
     for first_group, end_group, first_row, rows, num_bytes in ranges_of_groups(groups, file.size, unit_bytes):
         yield Unit(number, split, (Piece(index, path, "parquet", first_group, end_group, first_row),), num_bytes, rows)
-
-
-def ranges_of_groups(
-    groups: list[tuple[int, int, int, int]], file_size: int, unit_bytes: int
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Consecutive row groups of a unit each: first group, end group, first row, rows, share of the file's bytes."""
-    total_bytes = max(sum(size for _, size, *_ in groups), 1)
-    first_group = first_row = rows = size = 0
-    for group, (group_rows, group_bytes, *_) in enumerate(groups, start=1):
-        rows, size = rows + group_rows, size + group_bytes
-        if size >= unit_bytes or group == len(groups):
-            yield first_group, group, first_row, rows, file_size * size // total_bytes
-            first_group, first_row, rows, size = group, first_row + rows, 0, 0
-
-
-def read_groups(path: object, source: Source) -> list[tuple[int, int, int, int]]:
-    """Of each row group of a Parquet file (or its footer): rows, bytes of data, where in the file it begins and ends.
-
-    Raises:
-        UserError: the file has no column with the text.
-        OSError, pa.ArrowException: it cannot be read.
-    """
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as parquet:
-        check_parquet_column(parquet, str(path), source.entry.text_column)
-        metadata = parquet.metadata
-        groups = []
-        for i in range(metadata.num_row_groups):
-            group = metadata.row_group(i)
-            columns = [group.column(c) for c in range(group.num_columns)]
-            starts = [c.dictionary_page_offset or c.data_page_offset for c in columns]
-            ends = [start + c.total_compressed_size for start, c in zip(starts, columns, strict=True)]
-            groups.append((group.num_rows, group.total_byte_size, min(starts, default=0), max(ends, default=0)))
-    return groups
-
-
-def unreadable(path: str, error: BaseException) -> UserError:
-    """The message for a broken Parquet file."""
-    return UserError(
-        f"{path}: the Parquet file cannot be read ({' '.join(str(error).split())[:200]}). "
-        "Replace or remove it, or leave such files out with --on-bad-record skip, which counts them."
-    )

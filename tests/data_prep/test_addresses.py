@@ -153,7 +153,7 @@ def test_http_is_read_in_ranges_and_asked_again(tmp_path, corpus, expected, smal
         run_here("prep", f"{server.url}/files/lines.jsonl.gz", *options(small_tokenizer, tmp_path / "lines"))
         server.num_bytes = 0
         monkeypatch.setattr("data_prep.units.UNIT_BYTES", 1)
-        monkeypatch.setattr("data_prep.spread.FOOTER_BYTES", 100)  # so that the footers are longer
+        monkeypatch.setattr("data_prep.row_groups.FOOTER_BYTES", 100)  # so that the footers are longer
         run_here(
             "prep",
             f"{server.url}/files/*.parquet:10",
