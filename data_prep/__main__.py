@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.cli_options import add_source_options
+from data_prep.cli_options import add_cluster_options, add_source_options
 from data_prep.errors import UserError
 from data_prep.sizes import parse_bytes, parse_count
 
@@ -106,6 +106,7 @@ def _make_parser() -> argparse.ArgumentParser:
         help="auto: the fast one where it proves itself, else Hugging Face's; never changes the result (default: auto)",
     )
     add_source_options(prep)
+    add_cluster_options(prep)
     prep.set_defaults(run=_prep)
 
     train = commands.add_parser(
@@ -163,12 +164,25 @@ def _prep(options: argparse.Namespace) -> int:
 
         print(describe_estimate(make_plan(chosen), chosen.num_proc or default_num_proc()))
         return 0
+    if options.executor is None and (options.tasks or options.slurm):
+        raise UserError("prep: --tasks and --slurm are for --executor. Add --executor slurm, or leave them out.")
     try:
-        prepare(chosen)
+        if options.executor is None:
+            prepare(chosen)
+        else:
+            _prepare_on(options, chosen)
     except LedgerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _prepare_on(options: argparse.Namespace, chosen: Any) -> None:
+    from data_prep.cluster import prepare_on
+    from data_prep.estimate import default_num_proc
+
+    num_at_once = chosen.num_proc or default_num_proc()
+    prepare_on(options.executor, chosen, options.tasks or num_at_once, num_at_once, options.slurm)
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:

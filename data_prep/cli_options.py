@@ -1,4 +1,4 @@
-"""The options of `prep` that say how its sources are read.
+"""The options of `prep` that say how its sources are read, and where it runs.
 
 In: the parser of `prep`. Out: the same, with them.
 """
@@ -6,6 +6,43 @@ In: the parser of `prep`. Out: the same, with them.
 import argparse
 
 from data_prep.catalog import TOKENIZED
+
+
+def add_cluster_options(prep: argparse.ArgumentParser) -> None:
+    """Those that say where it runs."""
+    prep.add_argument(
+        "--executor",
+        choices=("local", "slurm", "ray"),
+        help="run it by datatrove (pip install 'clm-recipes[cluster]'): on processes here, as jobs of Slurm, or on Ray",
+    )
+    prep.add_argument(
+        "--tasks",
+        type=_positive,
+        metavar="N",
+        help="with --executor: how many tasks the work is divided into (default: --num-proc); never changes the result",
+    )
+    prep.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="with --executor slurm: partition=cpu time=24:00:00, and every other argument of datatrove's "
+        "SlurmPipelineExecutor; sbatch.account=x goes to sbatch as --account=x",
+    )
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"{text} is not written like partition=cpu")
+    return key, value
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def add_source_options(prep: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_mani
 from data_prep.output import write_dataset, write_whole
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
-from data_prep.proof import choose_encoder, give_up
+from data_prep.proof import choose_or_give_up, give_up
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
@@ -110,7 +110,7 @@ def encode_all(plan: Plan, settled: Settled, workers: Workers, encoder_option: s
     if state_path.exists():
         return json.loads(state_path.read_text(encoding="utf-8"))
     stream, tokenizer, threshold = settled.stream, settled.tokenizer, settled.validation["threshold"]
-    choice = choose_encoder(plan, stream, tokenizer, encoder_option)
+    choice = choose_or_give_up(plan, stream, tokenizer, encoder_option)
     try:
         units = _encode(plan, stream, tokenizer, choice, threshold, workers)
     except EncoderMismatchError as mismatch:

@@ -32,6 +32,7 @@ from data_prep.plan import Plan
 from data_prep.stream import Stream
 
 CHOICE = "encoder.json"  # in the working folder
+MISMATCH = "mismatch.json"  # in the working folder: noted, and not yet acted on
 EVIDENCE = "encoder_mismatch.json"  # in the dataset's folder
 PROVEN_IDS = 1_000_000
 _MOST_UNITS = 10_000  # are counted: with more, each compares the hundred ids that so many would
@@ -53,6 +54,22 @@ def choose_encoder(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option:
     if choice.why and option == "auto" and choice.name != "none":
         print(f"encoder: {choice.name}, because {choice.why}.", flush=True)
     write_whole(path, json.dumps({"key": key, "choice": asdict(choice)}))
+    return choice
+
+
+def note_mismatch(work: Path, mismatch: EncoderMismatchError) -> None:
+    """Where units are encoded apart from who decides: leave the evidence for the next start, which gives up."""
+    write_whole(work / MISMATCH, json.dumps(mismatch.evidence))
+
+
+def choose_or_give_up(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
+    """`choose_encoder`, unless a mismatch was noted since."""
+    noted = plan.work / MISMATCH
+    if not noted.exists():
+        return choose_encoder(plan, stream, tokenizer, option)
+    mismatch = EncoderMismatchError(json.loads(noted.read_text(encoding="utf-8")))
+    choice = give_up(plan, tokenizer, option, mismatch)
+    noted.unlink()
     return choice
 
 
