@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -245,7 +246,7 @@ def _run_locally(task: Callable, num_tasks: int, num_at_once: int, logs: Path) -
             time.sleep(0.05)
     finally:
         for process in running.values():
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # with its encoder, and with what datatrove started
         for process in running.values():
             process.wait()
     _check_all_done(num_tasks, logs)
@@ -267,6 +268,7 @@ def _start_share(share: tuple[int, int], num_tasks: int, logs: Path) -> subproce
 
 def run_share(logs: str, num_tasks: str, first: str, end: str) -> int:
     """In a process of its own: some tasks, one after the other; the exit code."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     task = pickle.loads((Path(logs) / "task.pickle").read_bytes())
     executor = _import_executor("local")(
         pipeline=[task],
@@ -282,6 +284,13 @@ def run_share(logs: str, num_tasks: str, first: str, end: str) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """Nobody works on for a preparation that was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _log_of(share: tuple[int, int], logs: Path) -> Path:

@@ -51,6 +51,13 @@ def start(*words: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "data_prep", *words], env=environment, **pipes)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def wait_for(condition, timeout_s: float = 100):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -133,11 +140,7 @@ def test_after_ctrl_c_and_a_kill_finished_units_are_not_done_again(tmp_path, cor
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(how)
         process.communicate(timeout=60)
-        if how == signal.SIGKILL:
-            for child in children:  # of a session of their own: as when a machine goes down
-                if child.is_running():
-                    child.kill()
-        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        wait_for(lambda children=children: not any(map(is_alive, children)), 20)  # nobody works on for the dead
         now = {path: path.stat().st_mtime_ns for path in (out / ".work").glob("*.train.bin")}
         assert finished.items() <= now.items()
         finished = now
