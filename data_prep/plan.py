@@ -147,6 +147,11 @@ def make_plan(options: Options) -> Plan:
     _check_tokenized(entries, options.tokenizer)
     if options.out is None and len(sources) > 1:
         raise UserError("prep: several sources make one dataset, which needs a name. Add --out data/<name>.")
+    if "://" in (options.out or ""):
+        raise UserError(
+            f"prep: --out is {options.out} but blocks are written to a disk of this machine, since training maps them "
+            "into memory. Give a folder, and copy it where you need it."
+        )
     folder = Path(options.out) if options.out is not None else data_dir() / entries[0].name
     fraction = entries[0].val_fraction if options.val_fraction is None else options.val_fraction
     if not 0 <= fraction < 1:

@@ -27,7 +27,7 @@ from data_prep.output import write_dataset, write_whole
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, give_up
-from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
+from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, refuse_changed_source, save_listing, save_request
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
@@ -91,12 +91,15 @@ def settle(plan: Plan) -> Settled:
     if _is_small_and_strict(plan):
         stream.check_readable()
     work.mkdir(exist_ok=True)
+    refuse_changed_source(plan)
     is_continued = save_request(plan)
+    save_listing(plan, files)
     if not is_continued and (work / ALIGN_STATE).exists():
         print(f"{plan.folder}: the input changed since the last attempt, which starts anew.", file=sys.stderr)
         _remove(plan, OWN_NAMES)
         work.mkdir()
         save_request(plan)
+        save_listing(plan, files)
 
     # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
     return Settled(files, validation, stream, _settle_tokenizer(plan, stream, validation["threshold"], work))

@@ -140,6 +140,8 @@ def test_an_address_with_nothing_or_without_its_package_is_one_message(tmp_path,
     if importlib.util.find_spec("gcsfs") is None:
         assert "pip install gcsfs" in fails("prep", "gs://bucket/y.parquet", *more)
     assert not (tmp_path / "out").exists()
+    message = fails("prep", tmp_path, "--tokenizer", small_tokenizer, "--block-size", 16, "--out", "s3://bucket/x")
+    assert "--out is s3://bucket/x but blocks are written to a disk of this machine" in message
 
 
 @needs_http
