@@ -161,5 +161,5 @@ $(INSTALLED): $(MADE)
 	@touch "$@"
 
 $(TESTABLE): $(INSTALLED)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb]'
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb,cluster,remote]'
 	@touch "$@"

@@ -13,7 +13,7 @@ def add_cluster_options(prep: argparse.ArgumentParser) -> None:
     prep.add_argument(
         "--executor",
         choices=("local", "slurm", "ray"),
-        help="run it by datatrove (pip install 'clm-recipes[cluster]'): on processes here, as jobs of Slurm, or on Ray",
+        help="run it by datatrove (pip install -e '.[cluster]'): on processes here, as jobs of Slurm, or on Ray",
     )
     prep.add_argument(
         "--tasks",

@@ -73,7 +73,7 @@ def test_without_datatrove_the_remedy_is_said_and_prep_does_not_import_it(tmp_pa
         "import sys; sys.modules['datatrove'] = None; from data_prep.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     result = run_cli(["-c", code, "prep", "stdlib", "--executor", "local"], cwd=tmp_path)
-    assert result.code == 2 and "pip install 'clm-recipes[cluster]'" in result.stderr
+    assert result.code == 2 and "pip install -e '.[cluster]'" in result.stderr
     result = run_cli(["-c", code, "prep", "stdlib", "--tasks", "4", "--out", tmp_path / "out"], cwd=tmp_path)
     assert result.code == 2 and "--tasks and --slurm are for --executor" in result.stderr
     assert not (tmp_path / "out").exists()
