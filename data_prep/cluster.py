@@ -95,7 +95,7 @@ def _import_executor(executor: str) -> type:
         package = f"ray, or its part {error.name}" if executor == "ray" else "datatrove"
         raise UserError(
             f"--executor {executor} needs {package}, which is not installed. Install it: pip install "
-            f"'clm-recipes[cluster]'{' ray' if executor == 'ray' else ''}"
+            f"-e '.[cluster]'{' ray' if executor == 'ray' else ''}"
         ) from error
     return Executor
 
@@ -231,6 +231,8 @@ def _run_locally(task: Callable, num_tasks: int, num_at_once: int, logs: Path) -
                 del running[share]
                 if code == 0:
                     continue
+                with suppress(ProcessLookupError):  # what it had started
+                    os.killpg(process.pid, signal.SIGKILL)
                 log = _log_of(share, logs).read_text(encoding="utf-8", errors="replace")
                 if code == 2:
                     raise UserError(log[log.rindex("error: ") + len("error: ") :].strip())
@@ -246,7 +248,8 @@ def _run_locally(task: Callable, num_tasks: int, num_at_once: int, logs: Path) -
             time.sleep(0.05)
     finally:
         for process in running.values():
-            os.killpg(process.pid, signal.SIGTERM)  # with its encoder, and with what datatrove started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # with its encoder, and with what datatrove started
         for process in running.values():
             process.wait()
     _check_all_done(num_tasks, logs)

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from data_prep import units as units_module
 from data_prep.downloads import FILES_AHEAD, Downloads
 from data_prep.errors import UserError
 from data_prep.readers import READ_BYTES, Piece
 from data_prep.row_groups import ranges_of_groups, read_far_groups, unreadable
 from data_prep.sources import Source, SourceFile
-from data_prep.units import UNIT_BYTES, Unit, iter_units
+from data_prep.units import Unit, iter_units
 
 MOST_FOOTERS = 64  # of files are looked at for a sample: each is a request
 
@@ -68,14 +69,15 @@ def sample_units(
     Args:
         draw: a file's place in the order in which they are taken, by its name.
     """
+    unit_bytes = units_module.UNIT_BYTES
     is_little = sum(file.size for index, file in files if downloads.is_far(index)) <= num_bytes
     if is_little or source.entry.document_start is not None:
-        return list(iter_units(source, number, files, "train", downloads, UNIT_BYTES))
+        return list(iter_units(source, number, files, "train", downloads, unit_bytes))
     drawn = sorted(files, key=lambda item: draw(item[1].name))
     parquet = [item for item in drawn if item[1].format == "parquet" and downloads.is_far(item[0])]
     units = []
     for index, file in sorted(parquet[:MOST_FOOTERS], key=lambda item: item[0]):
-        units += _cut_far_parquet(source, number, index, file, downloads, UNIT_BYTES)
+        units += _cut_far_parquet(source, number, index, file, downloads, unit_bytes)
     others, size = [], 0
     for index, file in drawn:
         is_part = file.format == "parquet" and downloads.is_far(index)
@@ -83,7 +85,7 @@ def sample_units(
             others.append((index, file))
             size += file.size
     return units + list(
-        iter_units(source, number, sorted(others, key=lambda item: item[0]), "train", downloads, UNIT_BYTES)
+        iter_units(source, number, sorted(others, key=lambda item: item[0]), "train", downloads, unit_bytes)
     )
 
 

@@ -147,6 +147,7 @@ def test_an_address_with_nothing_or_without_its_package_is_one_message(tmp_path,
 @needs_http
 def test_http_is_read_in_ranges_and_asked_again(tmp_path, corpus, expected, small_tokenizer, monkeypatch, capsys):
     monkeypatch.setattr("data_prep.urls.RANGE_BYTES", 5000)
+    monkeypatch.setattr("data_prep.retries.RETRY_WAITS_S", (0.05, 0.05, 0.05))
     with serve_files(corpus) as server:
         server.failures = {"1.parquet": [503, 429], "0.parquet": [500]}
         run_here("prep", f"{server.url}/files/*.parquet", *options(small_tokenizer, tmp_path / "out"))

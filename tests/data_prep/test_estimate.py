@@ -28,11 +28,19 @@ def write_files(folder: Path, kind: str) -> None:
             (folder / f"{part}.{kind}").write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz"])
-@pytest.mark.parametrize("where", ["here", "address"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("jsonl", "here"),
+        ("parquet", "address"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("parquet", "here"), ("jsonl.gz", "here"), ("jsonl", "address"), ("jsonl.gz", "address"))
+        ),
+    ],
+)
 def test_the_estimate_is_near_what_prep_makes(tmp_path, small_tokenizer, capsys, kind, where, monkeypatch):
     monkeypatch.setattr("data_prep.estimate.SAMPLE_BYTES", 20_000)
-    monkeypatch.setattr("data_prep.units.UNIT_BYTES", 20_000)
     folder = tmp_path / "corpus"
     write_files(folder, kind)
     source = folder if where == "here" else f"file://{folder}"

@@ -78,6 +78,7 @@ def prep(start):
     return run
 
 
+@pytest.mark.slow
 def test_busy_broken_short_and_hanging_answers_cost_a_wait_and_no_document(hub, prep, tmp_path):
     hub.failures = {
         "train-00001-of-00012.parquet": [503, 500],
@@ -108,6 +109,7 @@ def test_a_hub_that_stays_broken_ends_the_preparation_with_the_file_and_what_is_
     assert len(finished) == 3 and not finished & set(hub.downloads)  # resumed by shard
 
 
+@pytest.mark.slow
 def test_downloaded_files_are_never_all_on_disk_and_none_stays(hub, prep, tmp_path):
     folder = tmp_path / "data" / "parts" / ".work" / "downloads"
     most = []
@@ -177,6 +179,7 @@ def test_spread_takes_from_all_files_and_reads_little_of_each(hub, prep, tmp_pat
     assert load_manifest(out).settings["sample"] == "spread"
 
 
+@pytest.mark.slow
 def test_a_source_that_fails_stops_prep_with_its_name_and_is_left_out_when_asked(hub, prep, tmp_path):
     (tmp_path / "here.jsonl").write_text('{"text": "a document that lies here"}\n' * 3)
     hub.gated.add("owner/parts")

@@ -62,7 +62,7 @@ def test_rows_that_are_documents_give_the_blocks_of_their_text(tmp_path, small_t
         run_here(command, out)
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bin_is_cut_into_documents_at_eos(tmp_path, small_tokenizer, ids, from_text, num_proc, monkeypatch):
     monkeypatch.setattr("data_prep.units.UNIT_BYTES", 1001)  # borders inside of ids and of documents
     stream = [token for each in ids for token in [0, *each, 1]][:-1]  # the last has no EOS
