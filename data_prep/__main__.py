@@ -29,6 +29,9 @@ PREP = """examples:
   python -m data_prep prep fineweb:100K --out data/fineweb-small
   python -m data_prep prep books/ '*.jsonl.gz' --out data/mine --tokenizer gpt2 --block-size 1024
   python -m data_prep prep fineweb-edu-10bt/high        all its buckets by score: data/fineweb-edu-10bt/low and /high
+  python -m data_prep prep fineweb --tokenizer gpt2 --estimate
+  python -m data_prep prep 's3://bucket/x/*.parquet:1M' --sample spread --out data/sample
+  python -m data_prep prep train.bin --tokenized stream --tokenizer gpt2 --block-size 1024 --out data/bin
   python -m data_prep prep tinystories wikitext103 --out data/both --tokenizer train:32000 --block-size 1024
 
 A document is a file (.txt .md .py) or a record (.jsonl .jsonl.gz .jsonl.zst .parquet).

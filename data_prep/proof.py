@@ -136,7 +136,7 @@ def _count_units(stream: Stream) -> int:
         if source.entry.path is None:
             count += sum(1 for n, file in stream.files if n == number and file.split == "train")
         else:
-            count += sum(1 for _ in islice(stream.train_units(number), _MOST_UNITS))
+            count += sum(1 for _ in islice(stream.source_units(number), _MOST_UNITS))
     return max(1, count)
 
 

@@ -9,8 +9,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from data_prep.align import read_rows
 from data_prep.documents import files_path
 from data_prep.errors import UserError
@@ -99,9 +97,12 @@ def refuse_changed_source(plan: Plan) -> None:
 
 def save_listing(plan: Plan, files: list[tuple[int, SourceFile]]) -> None:
     """Note in the working folder which files units are made of."""
-    temporary = plan.work / f"{LISTING_NAME}.tmp"
-    temporary.write_text(describe_files(files, plan.sources), encoding="utf-8")
-    temporary.replace(plan.work / LISTING_NAME)
+    path, text = plan.work / LISTING_NAME, describe_files(files, plan.sources)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return  # also where many processes do this at once
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def save_request(plan: Plan) -> bool:
@@ -206,6 +207,8 @@ def _changes(plan: Plan, listing: Path) -> dict[str, list[str]]:
 
 def _finished_files(work: Path, listing: Path) -> set[str]:
     """The names of files that finished units are made of."""
+    import pyarrow.compute as pc
+
     names = [json.loads(line)["name"] for line in listing.read_text(encoding="utf-8").splitlines()]
     finished: set[str] = set()
     for path in work.glob("*.rows.arrow"):

@@ -118,6 +118,11 @@ class Stream:
                 return  # encoding meets it again, and notes it
             yield unit
 
+    def source_units(self, number: int) -> Iterator[Unit]:
+        """The train units of one source in its own order, whatever their order is here."""
+        files = self._files_of(number, "train")
+        return iter_units(self.sources[number], number, files, "train", self.downloads, self._unit_bytes)
+
     def sample_units(self, number: int, num_bytes: int, draw: Callable[[str], int]) -> list[Unit]:
         """Train units of a source for a sample of so many bytes: all, but of files elsewhere only as many as needed.
 

@@ -15,7 +15,18 @@ def command(tmp_path, small_tokenizer, monkeypatch):
     monkeypatch.setattr("data_prep.units.UNIT_BYTES", 600)
     write_jsonl(tmp_path / "first.jsonl", [f"first {number}" for number in range(20)])
     write_jsonl(tmp_path / "last.jsonl", [f"last {number}" for number in range(20)])
-    fixed = ("--tokenizer", small_tokenizer, "--block-size", 4, "--val-fraction", 0, "--out", "data/all")
+    fixed = (
+        "--tokenizer",
+        small_tokenizer,
+        "--block-size",
+        4,
+        "--val-fraction",
+        0,
+        "--out",
+        "data/all",
+        "--num-proc",
+        1,
+    )
     return lambda source, *more: ("prep", "first.jsonl:5", source, "last.jsonl:3", *fixed, *more)
 
 
@@ -71,7 +82,18 @@ def test_spread_is_drawn_over_all_files_keeps_record_numbers_and_grows_with_the_
     for part in range(5):
         texts = [f"part {part} line {number}" for number in range(60)]
         write_jsonl(tmp_path / "corpus" / f"{part}.jsonl", texts)
-    fixed = ("--tokenizer", small_tokenizer, "--block-size", 1, "--val-fraction", 0, "--sample", "spread")
+    fixed = (
+        "--tokenizer",
+        small_tokenizer,
+        "--block-size",
+        1,
+        "--val-fraction",
+        0,
+        "--sample",
+        "spread",
+        "--num-proc",
+        1,
+    )
     found = {}
     for cap in (40, 80):
         run_here("prep", f"{tmp_path}/corpus:{cap}", *fixed, "--out", tmp_path / str(cap))
