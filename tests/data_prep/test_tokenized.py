@@ -15,6 +15,7 @@ from data_prep.documents import DocumentMap
 from data_prep.manifest import load_manifest
 
 TEXTS = [f"document {number}: naïve letters to 東京 " * (number % 7 + 1) for number in range(90)]
+SLOW = pytest.mark.slow
 FIXED = ("--block-size", 16, "--val-fraction", 0.1)
 
 
@@ -44,7 +45,7 @@ def arrow(path: Path, rows: list[list[int]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["bos and eos", "nothing", "eos"])
+@pytest.mark.parametrize("form", ["bos and eos", *(pytest.param(each, marks=SLOW) for each in ("nothing", "eos"))])
 def test_rows_that_are_documents_give_the_blocks_of_their_text(tmp_path, small_tokenizer, ids, from_text, form):
     rows = [[*([0] if "bos" in form else []), *each, *([1] if "eos" in form else [])] for each in ids]
     urls = [f"u{number}" for number in range(len(rows))]
@@ -62,7 +63,7 @@ def test_rows_that_are_documents_give_the_blocks_of_their_text(tmp_path, small_t
         run_here(command, out)
 
 
-@pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=SLOW)])
 def test_a_bin_is_cut_into_documents_at_eos(tmp_path, small_tokenizer, ids, from_text, num_proc, monkeypatch):
     monkeypatch.setattr("data_prep.units.UNIT_BYTES", 1001)  # borders inside of ids and of documents
     stream = [token for each in ids for token in [0, *each, 1]][:-1]  # the last has no EOS
