@@ -69,8 +69,8 @@ def write_split(
         if path.exists() and note.exists():
             return ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
         if not path.exists():
-            tokens = _read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
-            _write_shard(path, tokens, block_size)
+            tokens = read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
+            write_shard(path, tokens, block_size)
         info = ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
         if part != (0, 1):
             temporary = note.with_suffix(".tmp")
@@ -91,7 +91,7 @@ def write_split(
             while num_used < len(units) and starts[num_used + 1] <= done:
                 run_path(work, units[num_used].key, run).unlink(missing_ok=True)
                 num_used += 1
-    _write_dataset_files(folder / split, split, shards, block_size, dtype)
+    write_dataset_files(folder / split, split, shards, block_size, dtype)
     return tuple(shards)
 
 
@@ -127,7 +127,7 @@ def write_document_map(
                 waiting = _write_full_batches(writer, waiting, schema)
         for batch in pa.Table.from_batches(waiting, schema).combine_chunks().to_batches():
             writer.write_batch(batch)  # one batch, or none
-    _put_in_place(temporary, path)
+    put_in_place(temporary, path)
     return sha256_of(path)
 
 
@@ -148,7 +148,7 @@ def _write_full_batches(
     return table.slice(num_full).to_batches()
 
 
-def _read_range(
+def read_range(
     work: Path, run: str, units: list[Taken], starts: np.ndarray, first: int, end: int, dtype: np.dtype
 ) -> np.ndarray:
     """Tokens [first, end) of the stream that the runs of this name make."""
@@ -168,22 +168,24 @@ def _read_range(
     return out
 
 
-def _write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
+def write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
+    """One Arrow file with the blocks of these tokens, whole or not at all."""
     schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(tokens.dtype), block_size)})
     blocks = pa.FixedSizeListArray.from_arrays(from_numpy(tokens), type=schema.field("input_ids").type)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         writer.write_batch(pa.record_batch([blocks], schema=schema))
-    _put_in_place(temporary, path)
+    put_in_place(temporary, path)
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a written file its name, when it is on the disk."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _write_dataset_files(folder: Path, split: str, shards: list[ShardInfo], block_size: int, dtype: np.dtype) -> None:
+def write_dataset_files(folder: Path, split: str, shards: list[ShardInfo], block_size: int, dtype: np.dtype) -> None:
     """state.json and dataset_info.json, as `datasets.Dataset.save_to_disk` writes them."""
     feature = {"feature": {"dtype": str(dtype), "_type": "Value"}, "length": block_size, "_type": "List"}
     state = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.buckets import condition_columns, parse_buckets
 from data_prep.errors import UserError, did_you_mean
+from data_prep.packing import CONCAT, PACKINGS
 
 FOLDER = Path(__file__).parent / "datasets"
 COLUMN_TYPES = ("string", "int64", "float64")
@@ -43,10 +44,16 @@ class DatasetEntry:
     buckets: dict[str, str] = field(default_factory=dict)  # name -> condition; used when <dataset>/<name> is asked for
     on_bad_record: str = "fail"
     sample: str = "first"  # what a cap takes: the first documents, or "spread": row groups drawn over all files
+    packing: str = CONCAT
     val_fraction: float = 0.01
     num_documents: int | None = None
     num_bytes: int | None = None  # UTF-8 bytes of text
     num_tokens: int | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether its blocks have padding."""
+        return self.packing != CONCAT
 
 
 def entry_names() -> list[str]:
@@ -151,6 +158,8 @@ def _find_problems(values: dict[str, Any]):
         yield f"tokenized is {values['tokenized']!r} but must be one of {', '.join(TOKENIZED)}"
     if "tokenized" in values and {"split", "document_start"} & set(values):
         yield "tokenized says that there are ids but split and document_start are for text; leave them out"
+    if values.get("packing", CONCAT) not in PACKINGS:
+        yield f"packing is {values['packing']!r} but must be one of {', '.join(PACKINGS)}"
     if values.get("split", "line") != "line":
         yield f"split is {values['split']!r} but must be line, or be left out: then a file is a document"
     if "split" in values and "document_start" in values:

@@ -21,6 +21,7 @@ from data_prep.fast_encoder import EncoderMismatchError
 from data_prep.lock import folder_lock
 from data_prep.manifest import SPLITS, token_dtype
 from data_prep.output import write_bytes_whole
+from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan
 from data_prep.prep import Settled, encode_all, prepare, settle
 from data_prep.proof import choose_or_give_up, note_mismatch
@@ -105,7 +106,7 @@ class ShardTask:
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         """As EncodeTask's."""
         plan = make_plan(self.options)
-        if is_complete(plan):
+        if is_complete(plan) or plan.packing != CONCAT:  # packed shards follow one another: the last step writes them
             return
         settled = settle(plan)
         with Workers(1) as workers:

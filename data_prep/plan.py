@@ -49,6 +49,7 @@ class Options:
     skip_failed: bool = False
     keep_downloads: bool = False
     tokenized: str | None = None  # one of catalog.TOKENIZED
+    packing: str | None = None  # one of PACKINGS
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Plan:
     max_docs: int | None
     keep_columns: dict[str, str]  # of all sources together, and those that the buckets are by
     buckets: tuple[Bucket, ...]
+    packing: str
     is_spread: bool = False  # a cap takes row groups drawn over all files
     skip_failed: bool = False
     keep_downloads: bool = False  # files of the Hub stay in its cache
@@ -120,6 +122,7 @@ class Plan:
             "local_files": digest_files(self.local_files),
             "tokenizer": self.tokenizer,
             "block_size": self.block_size,
+            "packing": self.packing,
             "val_fraction": self.val_fraction,
             "val_max_tokens": self.val_max_tokens,
             "max_tokens": self.max_tokens,
@@ -182,6 +185,7 @@ def make_plan(options: Options) -> Plan:
         skip_failed=options.skip_failed,
         keep_downloads=options.keep_downloads,
         failed=failed,
+        packing=options.packing or _only_default("--packing", [entry.packing for entry in entries]),
     )
 
 

@@ -24,6 +24,7 @@ from data_prep.listing import list_all_files, list_far_files
 from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
 from data_prep.output import write_dataset, write_whole
+from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, give_up
@@ -210,7 +211,7 @@ def train_from_sources(
 def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) -> TokenizerInfo:
     """The tokenizer in the dataset's folder; trained or loaded unless an earlier attempt did it from the same input."""
     folder, done = plan.tokenizer_folder, work / TOKENIZER_DONE
-    settings = {**plan.settings(), "block_size": None, "skip_failed": None}
+    settings = {**plan.settings(), "block_size": None, "packing": None, "skip_failed": None}
     key = json.dumps({**settings, "threshold": threshold}, sort_keys=True)
     if folder.exists() and done.exists() and done.read_text(encoding="utf-8") == key:
         return describe_tokenizer(folder, plan.tokenizer)
@@ -297,7 +298,7 @@ def _check_values(plan: Plan, stream: Stream) -> None:
 def _check_length(plan: Plan, stream: Stream) -> None:
     for number, folder in enumerate(plan.outputs.values()):
         num_tokens = sum(counts[number].splits["train"].num_tokens for counts in stream.counts.values())
-        if num_tokens < plan.block_size:
+        if num_tokens < (plan.block_size if plan.packing == CONCAT else 1):
             _remove(plan, ("tokenizer",))
             where = f"{folder} ({plan.buckets[number].condition})" if plan.buckets else str(folder)
             raise UserError(
