@@ -39,7 +39,7 @@ class Downloads:
         self.is_cut_from_afar = False  # Parquet files are cut into units by their ends alone, without a download
         self._threads: dict[str, _Download] = {}
         self._stop = threading.Event()
-        self._current: set[str] = set()  # what the unit that was taken last is made of
+        self._current: dict[str, int] = {}  # what the unit that was taken last is made of: paths, numbers of files
 
     def path(self, index: int) -> str:
         """Where a file lies, or will when it is fetched."""
@@ -100,7 +100,8 @@ class Downloads:
         """Begin to download files that will be needed soon."""
         for index in () if self.is_cut_from_afar else indexes:
             path = self.path(index)
-            is_known = (self.folder / f"{index}.json").exists()  # its units may be done: see when they are asked for
+            # its units may be done: see when they are asked for
+            is_known = (self.folder / f"{index}.json").exists() or self._done_note(index).exists()
             if self.is_remote(index) and not is_known and not os.path.exists(path) and path not in self._threads:
                 self._threads[path] = _Download(lambda index=index: self._download(index))
 
@@ -110,11 +111,12 @@ class Downloads:
             if self.is_remote(piece.file) and not os.path.exists(piece.path) and piece.path not in self._threads:
                 self._threads[piece.path] = _Download(lambda piece=piece: self._download_groups(piece))
 
-    def done_with(self, pieces: Iterable[Piece], is_last: bool = False) -> None:
+    def done_with(self, pieces: Iterable[Piece]) -> None:
         """A unit was taken: what it is made of is removed when the next one is made of something else."""
-        now = {piece.path for piece in pieces if self.is_remote(piece.file)}
-        for path in (self._current | now) if is_last else self._current - now:
-            if Path(path).is_relative_to(self.folder):
+        now = {piece.path: piece.file for piece in pieces if self.is_remote(piece.file)}
+        for path, index in self._current.items():
+            if path not in now and Path(path).is_relative_to(self.folder):
+                self._done_note(index).touch()
                 Path(path).unlink(missing_ok=True)
         self._current = now
 
@@ -146,6 +148,10 @@ class Downloads:
         self._stop.set()
         for download in self._threads.values():
             download.thread.join(timeout=1)
+
+    def _done_note(self, index: int) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{index}.done"
 
     def _is_part(self, piece: Piece) -> bool:
         return self.is_remote(piece.file) and _GROUPS_OF.fullmatch(Path(piece.path).parent.name) is not None

@@ -94,7 +94,8 @@ def parse_sources(
         )
         if entry.tokenized and (split_lines or entry.document_start):
             raise UserError(
-                f"{name}: --split-lines and document_start are for text, but --tokenized says that there are ids."
+                f"{name}: --split-lines and document_start are for text, but --tokenized says that there are ids. "
+                "Leave one of them out."
             )
         if split_lines and entry.document_start:
             raise UserError(

@@ -166,7 +166,17 @@ def _open_system(url: str) -> tuple[Any, str]:
 
 def _identity(info: dict[str, Any]) -> str:
     """What changes when the file does, as far as the server says so."""
-    for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "last_modified", "created"):
+    for key in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "LastModified",
+        "Last-Modified",
+        "mtime",
+        "updated",
+        "last_modified",
+        "created",
+    ):
         if info.get(key):
             return f"{key.lower()}:{info[key]}".replace('"', "")
     return f"size:{info['size']}"

@@ -62,7 +62,7 @@ class FileServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), FileHandler)
-        self.folder, self.failures, self.num_bytes = folder, {}, 0
+        self.folder, self.failures, self.num_bytes, self.sent = folder, {}, 0, []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -92,7 +92,9 @@ class FileHandler(BaseHTTPRequestHandler):
             start, end = int(asked[1]), int(asked[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             data, status = data[start:end], 206
-        self.server.num_bytes += len(data) if self.command == "GET" else 0
+        if self.command == "GET":
+            self.server.num_bytes += len(data)
+            self.server.sent.append(name)
         self._send(status, data, headers)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
@@ -168,6 +170,25 @@ def test_http_is_read_in_ranges_and_asked_again(tmp_path, corpus, expected, smal
     assert "429, next try in" in capsys.readouterr().err
     found = read_documents(tmp_path / "spread", "train") + read_documents(tmp_path / "spread", "validation")
     assert len(found) >= 9
+
+
+@needs_http
+def test_no_finished_file_is_downloaded_again(tmp_path, small_tokenizer, fails):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for part in range(4):
+        lines = "".join(json.dumps({"text": f"part {part} line {number}"}) + "\n" for number in range(ROWS))
+        (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    command = ("prep", "{url}/files/*.gz", *options(small_tokenizer, tmp_path / "out"))
+    with serve_files(folder) as server:
+        command = tuple(str(each).replace("{url}", server.url) for each in command)
+        server.failures = {"3.jsonl.gz": [404]}
+        fails(*command)
+        assert {"0.jsonl.gz", "1.jsonl.gz", "2.jsonl.gz"} <= set(server.sent)
+        server.sent.clear()
+        run_here(*command)
+        assert not {"0.jsonl.gz", "1.jsonl.gz"} & set(server.sent) and "3.jsonl.gz" in server.sent
+    assert load_manifest(tmp_path / "out").ledger["files"]["documents"]["read"] == 4 * ROWS
 
 
 @needs_http
