@@ -221,7 +221,7 @@ def _lines(
     dtype: str,
     num_proc: int,
 ) -> Iterator[str]:
-    rows = [("source", "files", "input", "documents", "text", "tokens", "bytes/token", "of tokens, +-")]
+    rows = [("source", "files", "input", "documents", "text", "tokens", "bytes/token", "tokens +-")]
     shares, documents_left, tokens_left = [], plan.max_docs or math.inf, plan.max_tokens or math.inf
     for number, estimate in enumerate(estimates):
         num_documents, num_tokens = estimate.total(1), estimate.total(3)

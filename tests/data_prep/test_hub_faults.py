@@ -195,3 +195,19 @@ def test_a_source_that_fails_stops_prep_with_its_name_and_is_left_out_when_asked
     code, _, err = prep(*command)
     assert code == 2 and "was made with --skip-failed, and parts failed" in err
     assert "nothing to do" in prep(*command, "--skip-failed")[1]
+
+
+@pytest.mark.slow
+def test_an_estimate_of_a_hub_dataset_reads_parts_of_it_and_writes_nothing(hub, prep, tmp_path):
+    rng = random.Random(1)
+    texts = [[f"part {part} row {row} {rng.randbytes(5_000).hex()}" for row in range(ROWS)] for part in range(12)]
+    hub.repositories["owner/large"] = {f"data/{part}.parquet": parquet(rows) for part, rows in enumerate(texts)}
+    small = (
+        "import data_prep.estimate, data_prep.units; data_prep.units.UNIT_BYTES = data_prep.estimate.SAMPLE_BYTES = 1"
+    )
+    code, out, err = prep("owner/large", "--estimate", first=small)
+    assert code == 0, err
+    assert re.search(r"large +12 +\S+ MB +(479|480) ", out), out  # 8 row groups of 5 rows, scaled
+    assert "of it downloads" in out and "download: " in out
+    assert not (tmp_path / "data").exists()
+    assert hub.num_bytes_sent < 0.5 * sum(map(len, hub.repositories["owner/large"].values()))
