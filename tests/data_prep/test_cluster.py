@@ -186,3 +186,40 @@ def test_slurm_gives_the_bytes_of_one_process_also_after_a_killed_task(
         assert result.code == 0, result.stderr
         wait_for(lambda: (out / "manifest.json").exists() and not jobs(), 250)
     assert content_of(out) == expected
+
+
+@pytest.mark.slow
+def test_a_wrong_id_that_a_task_found_makes_the_next_start_use_the_reference(
+    tmp_path, corpus, small_tokenizer, monkeypatch
+):
+    from data_prep import encode
+    from data_prep.cluster import _make_all_jobs
+    from data_prep.cluster_tasks import EncodeTask, list_jobs
+    from data_prep.errors import UserError
+    from data_prep.fast_encoder import FastEncoder
+    from data_prep.manifest import load_manifest
+    from data_prep.plan import Options, make_plan
+    from data_prep.workers import Workers
+
+    for path in sorted(corpus.iterdir())[2:]:
+        path.unlink()
+    out = tmp_path / "out"
+    options = Options((str(corpus),), tokenizer=str(small_tokenizer), block_size=16, out=str(out))
+    plan = make_plan(options)
+    list_jobs(plan, options, lambda settled, encoder: _make_all_jobs(plan, settled, encoder))
+    right = FastEncoder.encode
+
+    def wrong(self, texts):
+        ids, lengths = right(self, texts)
+        return (ids + 1) % 300, lengths
+
+    monkeypatch.setattr(FastEncoder, "encode", wrong)
+    monkeypatch.setattr("data_prep.cluster_tasks.Workers", lambda *_, **__: Workers(1))  # in this process
+    encode._load_encoder.cache_clear()
+    with pytest.raises(UserError, match="The same command again does everything with the reference"):
+        EncodeTask(plan.work)(None, 0, 1)
+    monkeypatch.undo()
+    encode._load_encoder.cache_clear()
+    run_here("prep", corpus, "--tokenizer", small_tokenizer, "--block-size", 16, "--out", out)
+    assert load_manifest(out).encoder["name"].startswith("tokenizers ") and (out / "encoder_mismatch.json").exists()
+    run_here("check", out)
