@@ -2,8 +2,8 @@
 
 In: the numbers of files. Out: local paths. A file of the Hub or of an address (data_prep/urls.py) is downloaded into
 the working folder, a few files ahead of the encoding, and removed when its units are done: at any time there are at
-most FILES_AHEAD files beyond those that units are being made of. Files that are in the Hub's cache already are read
-there and stay, as do all with `is_kept`.
+most FILES_AHEAD files beyond those that units are being made of, which are FILES_AT_ONCE at most. Files that are in the
+Hub's cache already are read there and stay, as do all with `is_kept`.
 
 With `sample: spread` of a Parquet file only its footer and some row groups are read: the local file has its full length
 and holes where nothing was read, so that everything else reads it as it reads a whole one.
@@ -23,6 +23,7 @@ from data_prep.readers import Piece
 from data_prep.sources import Source, SourceFile
 
 FILES_AHEAD = 4
+FILES_AT_ONCE = 16  # that units are made of; only compressed files, which are one unit each, come to so many
 _GROUPS_OF = re.compile(r"groups-\d+-\d+")
 
 

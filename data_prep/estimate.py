@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_prep.downloads import FILES_AHEAD, Downloads
+from data_prep.downloads import FILES_AHEAD, FILES_AT_ONCE, Downloads
 from data_prep.encode import encode_unit, rows_path
 from data_prep.encoder import EncoderChoice, load_tokenizer_json, reference_name
 from data_prep.errors import UserError
@@ -278,7 +278,9 @@ def _describe_disk(
     needed = sum(size * shares[n] for n, size in far)
     at_once = needed
     if not plan.keep_downloads:
-        at_once = min(needed, (FILES_AHEAD + 2) * max((size for _, size in far), default=0))
+        is_packed = any(file.format.endswith((".gz", ".zst")) for _, file in files)
+        num_files = FILES_AHEAD + (FILES_AT_ONCE if is_packed else 2)
+        at_once = min(needed, num_files * max((size for _, size in far), default=0))
     end, peak = blocks + document_map, 2 * blocks + 2 * document_map + at_once
     parent = plan.folder.absolute()
     while not parent.exists():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from data_prep.downloads import Downloads
+from data_prep.downloads import FILES_AT_ONCE, Downloads
 from data_prep.encode import Job, load_result
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
@@ -42,10 +42,18 @@ def make_jobs(
     plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int
 ) -> Iterator[Job | None]:
     """The stream's units with all that their results depend on, lazily; None as in `Stream.units`."""
+    begun: set[int] = set()  # far files whose units may not all be done
     for unit in stream.units():
         if unit is None:
             yield None
+            begun.clear()
             continue
+        first = unit.pieces[0].file
+        if stream.downloads.is_remote(first):
+            if first not in begun and len(begun) == FILES_AT_ONCE:
+                yield None  # then they are done, and removed
+                begun.clear()
+            begun.add(first)
         job = make_job(plan, stream, unit, tokenizer, encoder, threshold)
         try:
             _fetch(plan, stream, unit, job.key)

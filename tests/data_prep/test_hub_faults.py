@@ -1,5 +1,6 @@
 """A Hub that is busy, breaks off, hangs or goes away; and how much of the disk its files take."""
 
+import gzip
 import io
 import json
 import os
@@ -119,6 +120,21 @@ def test_downloaded_files_are_never_all_on_disk_and_none_stays(hub, prep, tmp_pa
     assert len(hub.downloads) == NUM_FILES and 2 <= max(most) <= 6
     assert not list(tmp_path.rglob("*.parquet"))
     assert read_documents(tmp_path / "data" / "parts", "train") == ALL
+
+
+@pytest.mark.slow
+def test_of_files_that_are_not_cut_there_are_twenty_at_most(hub, prep, tmp_path):
+    names = [f"data/{part:02d}.jsonl.gz" for part in range(40)]
+    lines = [json.dumps({"text": f"the document of {name}"}).encode() + b"\n" for name in names]
+    files = {name: gzip.compress(line * 2000) for name, line in zip(names, lines, strict=True)}
+    hub.repositories["owner/packed"] = files
+    folder = tmp_path / "data" / "packed" / ".work" / "downloads"
+    most = []
+    hub.now = lambda: most.append(len(list(folder.rglob("*.jsonl.gz"))))
+    code, _, err = prep("owner/packed", "--num-proc", 6)
+    assert code == 0, err
+    assert 6 <= max(most) <= 20
+    assert load_manifest(tmp_path / "data" / "packed").ledger["packed"]["documents"]["train"] == 40 * 2000
 
 
 @pytest.mark.slow
