@@ -145,6 +145,11 @@ class Blocks:
             out[here] = self.shard_tokens(int(shard))[positions[here] - self.shard_starts[shard] * self.block_size]
         return out
 
+    def close_before(self, position: int) -> None:
+        """Close the memory maps of all shards that end at or before a position: who reads in order holds one or two."""
+        ends = self.shard_starts[1:] * self.block_size
+        self._open = {shard: tokens for shard, tokens in self._open.items() if ends[shard] > position}
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_lengths": None}
 

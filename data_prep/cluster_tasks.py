@@ -24,6 +24,7 @@ from data_prep.output import write_bytes_whole
 from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan
 from data_prep.prep import Settled, encode_all, prepare, settle
+from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, note_mismatch
 from data_prep.settled import is_complete
 from data_prep.workers import Workers
@@ -116,7 +117,9 @@ class ShardTask:
         for bucket, folder in plan.outputs.items():
             folder.mkdir(exist_ok=True)
             for split in SPLITS:
-                write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype, (rank, max(world_size, 2)))
+                part = (rank, max(world_size, 2))
+                progress = Progress("writing", None)
+                write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype, progress, part)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from data_prep.manifest import (
 )
 from data_prep.packing import CONCAT
 from data_prep.plan import Plan, describe_files
+from data_prep.progress import Progress
 from data_prep.sources import SourceFile
 from data_prep.write_packed import write_packed_split
 
@@ -37,6 +38,7 @@ def write_dataset(
     tokenizer: TokenizerInfo,
     encoder: dict[str, Any],
     validation: dict[str, Any],
+    progress: Progress,
 ) -> Manifest:
     """Write everything of a dataset but its manifest; what an earlier attempt wrote stays.
 
@@ -58,12 +60,12 @@ def write_dataset(
         num_tokens = sum(each["num_tokens"] for each in counts)
         padding: dict[str, Any] = {}
         if plan.packing == CONCAT:
-            shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype)
+            shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype, progress)
             remainder = num_tokens - sum(shard.num_blocks for shard in shards) * plan.block_size
         else:
             packed = write_packed_split(
                 folder, plan.work, (number, bucket), split, taken, plan.block_size, dtype, plan.packing,
-                fill_token_id(tokenizer),
+                fill_token_id(tokenizer), progress,
             )  # fmt: skip
             shards, remainder = packed.shards, 0
             names = ("num_padding_tokens", "lengths_sha256", "pieces_sha256")

@@ -16,13 +16,14 @@ from typing import Any
 from data_prep.align import Taken
 from data_prep.buckets import column_names
 from data_prep.encoder import EncoderChoice
+from data_prep.encoding_progress import EncodingProgress
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
 from data_prep.jobs import make_jobs, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
 from data_prep.listing import list_all_files, list_far_files
 from data_prep.lock import folder_lock
-from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
+from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, TokenizerInfo, load_manifest, save_manifest, token_dtype
 from data_prep.output import write_dataset, write_whole
 from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan, val_threshold
@@ -32,8 +33,8 @@ from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, refuse_change
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
-from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
-from data_prep.tokenizer_training import ControlTokens, train_tokenizer
+from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, train_on_sample
+from data_prep.tokenizer_training import ControlTokens
 from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
@@ -139,12 +140,13 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     taken = [Taken(**unit) for unit in state["units"]]
 
     # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
-    manifests = {
-        bucket: write_dataset(
-            plan, number, files, taken, state["ledgers"][bucket], tokenizer, state["encoder"], validation
-        )
-        for number, bucket in enumerate(plan.outputs)
-    }
+    with Progress("writing", _num_bytes_to_write(state["ledgers"], tokenizer)) as progress:
+        manifests = {
+            bucket: write_dataset(
+                plan, number, files, taken, state["ledgers"][bucket], tokenizer, state["encoder"], validation, progress
+            )
+            for number, bucket in enumerate(plan.outputs)
+        }
 
     # 6. The manifests, written last, say that all is complete.
     for bucket, folder in plan.outputs.items():
@@ -195,12 +197,10 @@ def train_from_sources(
     stream = make_stream(plan, files, Path(downloads.name))
     if _is_small_and_strict(plan):
         stream.check_readable()
-    progress = Progress("reading for the tokenizer", min(sum(file.size for _, file in files), sample_bytes))
     threshold = val_threshold(plan, files)["threshold"]  # what prep would hold out is not learned from
     try:
-        train_tokenizer(iter_sample(stream, threshold, sample_bytes, progress), vocab_size, out, control)
+        train_on_sample(stream, threshold, sample_bytes, vocab_size, out, control)
     finally:
-        progress.close()
         stream.downloads.close()
         downloads.cleanup()
     with tempfile.TemporaryDirectory() as folder:  # both ways of loading agree, and prep need not ask again
@@ -218,14 +218,8 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
     temporary = work / "tokenizer"
     shutil.rmtree(temporary, ignore_errors=True)
     if "train" in plan.tokenizer:
-        size = sum(file.size for _, file in stream.files)
-        progress = Progress("reading for the tokenizer", min(size, DEFAULT_SAMPLE_BYTES))
-        print(f"training a tokenizer of {plan.tokenizer['train']:,} entries ...", file=sys.stderr)
-        try:
-            texts = iter_sample(stream, threshold, DEFAULT_SAMPLE_BYTES, progress)
-            train_tokenizer(texts, plan.tokenizer["train"], temporary, ControlTokens())
-        finally:
-            progress.close()
+        size = plan.tokenizer["train"]
+        train_on_sample(stream, threshold, DEFAULT_SAMPLE_BYTES, size, temporary, ControlTokens())
     else:
         import_tokenizer(plan.tokenizer.get("path") or plan.tokenizer["id"], temporary)
     info = describe_tokenizer(temporary, plan.tokenizer)
@@ -238,20 +232,22 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
 def _encode(
     plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int, workers: Workers
 ) -> list[Taken]:
-    is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
-    progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
+    progress = EncodingProgress(plan, stream)
     units = []
     try:
-        for job, result in workers.run(make_jobs(plan, stream, tokenizer, encoder, threshold), progress.add_text):
-            progress.add_input(job.unit.num_bytes)
+        for job, result in workers.run(
+            progress.watch(make_jobs(plan, stream, tokenizer, encoder, threshold)), progress.add_text
+        ):
             try:
                 unit = stream.take(job, result)
             except UserError:
                 (plan.work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
                 raise
             stream.downloads.done_with(job.unit.pieces)
+            progress.take(job, unit)
             if unit is not None:
                 units.append(unit)
+        progress.finish()
     finally:
         progress.close()
         stream.downloads.close()
@@ -266,6 +262,14 @@ def _choose_num_proc(plan: Plan, num_proc: int | None) -> int:
     if is_local and sum(file.size for files in plan.local_files.values() for file in files) <= UNIT_BYTES:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _num_bytes_to_write(ledgers: dict[str, dict], tokenizer: TokenizerInfo) -> int:
+    """About the size of all shards together."""
+    num_tokens = sum(
+        entry[split]["num_tokens"] for each in ledgers.values() for entry in each.values() for split in SPLITS
+    )
+    return num_tokens * token_dtype(tokenizer.vocab_size).itemsize
 
 
 def _make_ledgers(plan: Plan, stream: Stream) -> dict[str, dict]:

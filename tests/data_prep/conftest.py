@@ -1,8 +1,16 @@
 """For the tests of data_prep: a small tokenizer, and a way to run its commands in this process or in one of its own."""
 
+import fcntl
 import json
+import os
+import pty
 import random
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +25,7 @@ from data_prep.tokenizer_folder import load_backend
 from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 
 WORDS = "the river carries letters and a map of the old town; naïve plans, 東京, 1,024 steps\n\tagain and again 🙂 "
+ROOT = Path(__file__).resolve().parents[2]
 SCORES = (None, 0, 1.5, 2.999, 3, 3.5, 5, 5.001, 9)
 
 
@@ -49,6 +58,24 @@ def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 def run_here(*arguments: object) -> None:
     """Run a command in this process; it must succeed."""
     assert main([str(argument) for argument in arguments]) == 0
+
+
+def run_on_terminal(*arguments: object) -> str:
+    """Run `python -m data_prep ...` on a terminal of 120 columns; all that it writes. It must succeed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    written = b""
+    with suppress(OSError):  # EIO: nobody writes to the terminal any more
+        while new := os.read(ours, 2**16):
+            written += new
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
 
 
 def write_jsonl(path: Path, texts: Iterable[str], **columns: list) -> Path:
