@@ -165,5 +165,5 @@ $(INSTALLED): $(MADE)
 	@touch "$@"
 
 $(TESTABLE): $(INSTALLED)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb,corpus]'
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb,corpus,cluster,remote]'
 	@touch "$@"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_prep.cli_options import add_cluster_options, add_source_options
 from data_prep.errors import UserError
 from data_prep.packing import PACKINGS
 from data_prep.sizes import parse_bytes, parse_count
@@ -29,6 +30,9 @@ PREP = """examples:
   python -m data_prep prep fineweb:100K --out data/fineweb-small
   python -m data_prep prep books/ '*.jsonl.gz' --out data/mine --tokenizer gpt2 --block-size 1024
   python -m data_prep prep fineweb-edu-10bt/high        all its buckets by score: data/fineweb-edu-10bt/low and /high
+  python -m data_prep prep fineweb --tokenizer gpt2 --estimate
+  python -m data_prep prep 's3://bucket/x/*.parquet:1M' --sample spread --out data/sample
+  python -m data_prep prep train.bin --tokenized stream --tokenizer gpt2 --block-size 1024 --out data/bin
   python -m data_prep prep tinystories wikitext103 --out data/both --tokenizer train:32000 --block-size 1024
 
 A document is a file (.txt .md .py) or a record (.jsonl .jsonl.gz .jsonl.zst .parquet).
@@ -116,6 +120,8 @@ def _make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: the fast one where it proves itself, else Hugging Face's; never changes the result (default: auto)",
     )
+    add_source_options(prep)
+    add_cluster_options(prep)
     prep.set_defaults(run=_prep)
 
     train = commands.add_parser(
@@ -189,14 +195,32 @@ def _prep(options: argparse.Namespace) -> int:
     from data_prep.prep import prepare
 
     names = set(Options.__dataclass_fields__) - {"specs"}
+    chosen = Options(tuple(options.sources), **{name: value for name, value in vars(options).items() if name in names})
+    if options.estimate:
+        from data_prep.estimate import default_num_proc, describe_estimate
+        from data_prep.plan import make_plan
+
+        print(describe_estimate(make_plan(chosen), chosen.num_proc or default_num_proc()))
+        return 0
+    if options.executor is None and (options.tasks or options.slurm):
+        raise UserError("prep: --tasks and --slurm are for --executor. Add --executor slurm, or leave them out.")
     try:
-        prepare(
-            Options(tuple(options.sources), **{name: value for name, value in vars(options).items() if name in names})
-        )
+        if options.executor is None:
+            prepare(chosen)
+        else:
+            _prepare_on(options, chosen)
     except LedgerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _prepare_on(options: argparse.Namespace, chosen: Any) -> None:
+    from data_prep.cluster import prepare_on
+    from data_prep.estimate import default_num_proc
+
+    num_at_once = chosen.num_proc or default_num_proc()
+    prepare_on(options.executor, chosen, options.tasks or num_at_once, num_at_once, options.slurm)
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,14 @@ def write_split(
     block_size: int,
     dtype: np.dtype,
     progress: Progress,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[ShardInfo, ...]:
     """All shards of a split (of a bucket, or ""), and what `datasets.load_from_disk` wants beside them.
 
     Shards that an earlier attempt wrote stay.
+
+    Args:
+        part: (i, n) writes only the i-th of each n shards, with a note of its checksum, and leaves the rest to others.
     """
     run = run_name(bucket, split)
     starts = np.cumsum([0, *(unit.num_tokens[run] for unit in units)], dtype=np.int64)
@@ -64,15 +68,27 @@ def write_split(
         first = number * rows_per_shard
         rows = min(rows_per_shard, num_blocks - first)
         path = folder / split / f"data-{number:05d}.arrow"
+        note = work / f"{run}-{number:05d}.shard.json"
+        if path.exists() and note.exists():
+            return ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
         if not path.exists():
             tokens = read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
             write_shard(path, tokens, block_size)
-        return ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
+        info = ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
+        if part != (0, 1):
+            temporary = note.with_suffix(".tmp")
+            temporary.write_text(json.dumps(asdict(info)), encoding="utf-8")
+            os.replace(temporary, note)
+        return info
 
+    numbers = range(max(-(-num_blocks // rows_per_shard), 1))
+    if part != (0, 1):
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            return tuple(pool.map(write, numbers[part[0] :: part[1]]))
     shards: list[ShardInfo] = []
     num_used = 0  # runs that no later shard needs
     with ThreadPoolExecutor(NUM_WRITERS) as pool:  # reading, writing and hashing leave Python to others
-        for shard in pool.map(write, range(max(-(-num_blocks // rows_per_shard), 1))):
+        for shard in pool.map(write, numbers):
             shards.append(shard)
             progress.add_input(shard.num_bytes, Path(shard.file).name in before)
             done = (len(shards) - 1) * rows_per_shard * block_size + shard.num_blocks * block_size

@@ -16,11 +16,13 @@ from data_prep.packing import CONCAT, PACKINGS
 FOLDER = Path(__file__).parent / "datasets"
 COLUMN_TYPES = ("string", "int64", "float64")
 ON_BAD_RECORD = ("fail", "skip")
+SAMPLES = ("first", "spread")
+TOKENIZED = ("documents", "stream", "stream:uint16", "stream:uint32")  # data_prep/tokenized.py says what each means
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """What data_prep/datasets/<name>.yaml says. Exactly one of `repository` and `path` is set."""
+    """What data_prep/datasets/<name>.yaml says. Exactly one of `repository`, `path` and `url` is set."""
 
     name: str
     description: str
@@ -32,15 +34,18 @@ class DatasetEntry:
     config: str | None = None
     revision: str = "main"
     path: str | None = None  # a local file, folder or glob; "<stdlib>" is the running Python's standard library
+    url: str | None = None  # s3://, https:// ...: a file, a folder or a pattern
     exclude_folders: tuple[str, ...] = ()
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train"})  # ours -> the repository's
     text_column: str = "text"
     split: str | None = None  # "line": every line of a text file is a document; else a file is
     document_start: str | None = None  # records are parts; one that matches this regex starts a new document
+    tokenized: str | None = None  # ids instead of text: documents, stream, stream:uint16 or stream:uint32
     keep_columns: dict[str, str] = field(default_factory=dict)  # column -> string, int64 or float64
     buckets: dict[str, str] = field(default_factory=dict)  # name -> condition; used when <dataset>/<name> is asked for
     filters: dict[str, Any] = field(default_factory=dict)  # as data_prep/filter_settings.py reads them
     on_bad_record: str = "fail"
+    sample: str = "first"  # what a cap takes: the first documents, or "spread": row groups drawn over all files
     packing: str = CONCAT
     val_fraction: float = 0.01
     num_documents: int | None = None
@@ -109,8 +114,8 @@ def read_entry(path: Path) -> DatasetEntry:
 
 
 def _find_problems(values: dict[str, Any]):
-    if ("repository" in values) == ("path" in values):
-        yield "give exactly one of repository (a Hub id) and path (local files)"
+    if sum(key in values for key in ("repository", "path", "url")) != 1:
+        yield "give exactly one of repository (a Hub id), path (local files) and url (s3://, https:// ...)"
     for key in (
         "description",
         "licence",
@@ -119,6 +124,7 @@ def _find_problems(values: dict[str, Any]):
         "config",
         "revision",
         "path",
+        "url",
         "text_column",
     ):
         if key in values and not isinstance(values[key], str):
@@ -133,8 +139,8 @@ def _find_problems(values: dict[str, Any]):
     splits = values.get("splits", {"train": "train"})
     if not isinstance(splits, dict) or not {"train"} <= set(splits) <= {"train", "validation"}:
         yield f"splits is {splits!r} but must name train, and may name validation: {{train: train, validation: test}}"
-    elif "path" in values and set(splits) != {"train"}:
-        yield "splits names validation but path has local files, which have no official splits; leave splits out"
+    elif "repository" not in values and set(splits) != {"train"}:
+        yield "splits names validation but only datasets of the Hub have official splits; leave splits out"
     columns = values.get("keep_columns", {})
     if not isinstance(columns, dict) or not set(columns.values()) <= set(COLUMN_TYPES):
         yield f"keep_columns is {columns!r} but must map column names to one of {', '.join(COLUMN_TYPES)}"
@@ -149,6 +155,12 @@ def _find_problems(values: dict[str, Any]):
     yield from find_filter_problems(values.get("filters", {}), "filters.")
     if values.get("on_bad_record", "fail") not in ON_BAD_RECORD:
         yield f"on_bad_record is {values['on_bad_record']!r} but must be one of {', '.join(ON_BAD_RECORD)}"
+    if values.get("sample", "first") not in SAMPLES:
+        yield f"sample is {values['sample']!r} but must be one of {', '.join(SAMPLES)}"
+    if values.get("tokenized", "stream") not in TOKENIZED:
+        yield f"tokenized is {values['tokenized']!r} but must be one of {', '.join(TOKENIZED)}"
+    if "tokenized" in values and {"split", "document_start"} & set(values):
+        yield "tokenized says that there are ids but split and document_start are for text; leave them out"
     if values.get("packing", CONCAT) not in PACKINGS:
         yield f"packing is {values['packing']!r} but must be one of {', '.join(PACKINGS)}"
     if values.get("split", "line") != "line":

@@ -38,6 +38,7 @@ from data_prep.ledger import (
 )
 from data_prep.manifest import SPLITS, TokenizerInfo
 from data_prep.readers import Reading, Record, read_records
+from data_prep.tokenized import join_ids, read_tokenized
 from data_prep.units import Unit
 
 if TYPE_CHECKING:  # where no filter is on, nothing of them is imported
@@ -209,7 +210,7 @@ def iter_batches(job: Job) -> Iterator[tuple[int, list[Record], tuple[int, int, 
 
     The third is the first bad record where bad records are errors: it ends the unit, and its batch ends in front of it.
     """
-    for records in _batches(read_records(job.unit.pieces, job.reading)):
+    for records in _batches(_read(job)):
         num_records = records[-1].number + 1
         records = [record for record in records if record.text is not None or record.problem is not None]
         bad = next((i for i, record in enumerate(records) if record.problem is not None), None)
@@ -217,6 +218,12 @@ def iter_batches(job: Job) -> Iterator[tuple[int, list[Record], tuple[int, int, 
             yield num_records, records[:bad], (records[bad].file, records[bad].number, records[bad].problem)
             return
         yield num_records, records, None
+
+
+def _read(job: Job) -> Iterator[Record]:
+    if job.reading.tokenized is None:
+        return read_records(job.unit.pieces, job.reading)
+    return read_tokenized(job.unit.pieces, job.reading, job.tokenizer, job.tokenizer_folder)
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -255,7 +262,8 @@ def _encode_batch(
     runs = [np.empty(0, dtype=np.uint32)] * (len(SPLITS) * len(bucket_names(job.reading.buckets)))
     if is_kept.any():
         kept = [records[i] for i in np.flatnonzero(is_kept)]
-        ids, lengths = encoder.encode([record.text for record in kept])
+        is_tokenized = job.reading.tokenized is not None
+        ids, lengths = join_ids(kept) if is_tokenized else encoder.encode([record.text for record in kept])
         if job.is_fast:
             is_first = np.cumsum(lengths) - lengths < compare_ids
             num_compared = _compare(kept, np.flatnonzero(is_first | (hashes % SAMPLED_IN == 0)), ids, lengths, encoder)

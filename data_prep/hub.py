@@ -10,24 +10,24 @@ import hashlib
 import json
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from data_prep.catalog import DatasetEntry
 from data_prep.errors import UserError, did_you_mean
 from data_prep.paths import data_dir
+from data_prep.retries import PASSING_STATUS, Result, status_of, try_again
 from data_prep.sources import SourceFile, source_format
 
-RETRY_WAITS_S = (1, 2, 4, 8, 16, 32)
-PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-Result = TypeVar("Result")
 
-
-def list_hub_files(entry: DatasetEntry) -> list[SourceFile]:
+def list_hub_files(entry: DatasetEntry, is_remembered: bool = True) -> list[SourceFile]:
     """The files of the entry's splits, in the repository's order, pinned to the commit that `entry.revision` is now.
+
+    Args:
+        is_remembered: Write the list down for times without network.
 
     Raises:
         UserError: no network, offline and never listed, gated, no such dataset, revision, config or split.
@@ -40,6 +40,8 @@ def list_hub_files(entry: DatasetEntry) -> list[SourceFile]:
             raise
         print(f"{entry.repository}: the Hub is not reachable; using the file list of the last time.", file=sys.stderr)
         return [SourceFile(**file) for file in json.loads(remembered.read_text(encoding="utf-8"))]
+    if not is_remembered:
+        return files
     remembered.parent.mkdir(parents=True, exist_ok=True)
     temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps([asdict(file) for file in files]), encoding="utf-8")
@@ -47,41 +49,71 @@ def list_hub_files(entry: DatasetEntry) -> list[SourceFile]:
     return files
 
 
-def download_file(entry: DatasetEntry, file: SourceFile) -> str:
-    """The path of one file in the Hub's cache, downloaded with a progress bar if it is not there yet.
+def cached_path(entry: DatasetEntry, file: SourceFile) -> Path:
+    """Where one file lies in the Hub's cache, if it is there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
+    folder = repo_folder_name(repo_id=entry.repository, repo_type="dataset")
+    return Path(HF_HUB_CACHE) / folder / "snapshots" / _commit(file) / file.name
+
+
+def download_file(
+    entry: DatasetEntry, file: SourceFile, folder: Path | None = None, stop: threading.Event | None = None
+) -> str:
+    """The path of one file, downloaded if it is not there yet.
+
+    Args:
+        folder: Where to put it; None is the Hub's cache, where it stays.
+        stop: Set when nobody wants it any more.
     Raises:
         UserError: as `list_hub_files`, after retries with growing waits.
     """
     from huggingface_hub import hf_hub_download
 
-    commit = file.identity.removeprefix("commit:")
-
     def download() -> str:
-        return hf_hub_download(entry.repository, file.name, repo_type="dataset", revision=commit)
+        where = {"repo_type": "dataset", "revision": _commit(file), "local_dir": folder}
+        path = hf_hub_download(entry.repository, file.name, **where)
+        if os.path.getsize(path) != file.size:  # what was cut short and yet reported as whole
+            size = os.path.getsize(path)
+            os.unlink(path)
+            raise IncompleteReadError(f"{size:,} of {file.size:,} bytes came")
+        return path
 
-    return with_retries(download, f"{entry.repository}: {file.name}", is_started=True)
+    return with_retries(download, f"{entry.repository}: {file.name}", is_started=True, stop=stop)
+
+
+def range_opener(entry: DatasetEntry, file: SourceFile) -> tuple[Any, str]:
+    """The file system, and the file's path in it, for reading parts of a file without downloading it."""
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem(), f"datasets/{entry.repository}@{_commit(file)}/{file.name}"
+
+
+def _commit(file: SourceFile) -> str:
+    return file.identity.removeprefix("commit:")
+
+
+class IncompleteReadError(ConnectionError):
+    """A download ended early."""
 
 
 def with_retries(
-    action: Callable[[], Result], what: str, *, is_started: bool = False, waits_s: Sequence[float] = RETRY_WAITS_S
+    action: Callable[[], Result],
+    what: str,
+    *,
+    is_started: bool = False,
+    waits_s: Sequence[float] | None = None,
+    stop: threading.Event | None = None,
 ) -> Result:
     """`action()`, tried again with growing waits while the Hub is busy or slow; once `is_started`, also while away.
 
     Raises:
         UserError: what went wrong and what to do, when waiting does not help.
     """
-    for wait_s in (*waits_s, None):
-        try:
-            return action()
-        except UserError:
-            raise
-        except Exception as error:
-            if wait_s is None or not _is_passing(error, is_started):
-                raise UserError(_explain(error, what)) from error
-            print(f"{what}: {_status(error) or type(error).__name__}, next try in {wait_s} s", file=sys.stderr)
-            time.sleep(wait_s)
-    raise AssertionError("the last try returns or raises")
+    return try_again(
+        action, what, lambda error: _is_passing(error, is_started), lambda error: _explain(error, what), waits_s, stop
+    )
 
 
 def _list_files(entry: DatasetEntry) -> list[SourceFile]:
@@ -114,7 +146,7 @@ def _list_files(entry: DatasetEntry) -> list[SourceFile]:
             )
             sizes.update({info.path: info.size for info in infos})
         for name in names:
-            kind = source_format(name, entry.repository)
+            kind = source_format(name, entry.repository, entry)
             files.append(SourceFile(name, kind, sizes[name], f"commit:{commit}", split))
     return files
 
@@ -126,16 +158,12 @@ def _memory_path(entry: DatasetEntry) -> Path:
     return data_dir() / ".hub" / name
 
 
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
 def _is_unreachable(error: BaseException) -> bool:
     """No answer at all: offline by setting, no route, no name service, a timeout."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     is_not_found = isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-    return _status(error) is None and isinstance(error, OSError | HTTPError) and not is_not_found
+    return status_of(error) is None and isinstance(error, OSError | HTTPError) and not is_not_found
 
 
 def _is_passing(error: BaseException, is_started: bool) -> bool:
@@ -146,7 +174,7 @@ def _is_passing(error: BaseException, is_started: bool) -> bool:
         word in type(error).__name__ for word in ("Timeout", "Read", "Remote")
     )
     return (
-        _status(error) in PASSING_STATUS
+        status_of(error) in PASSING_STATUS
         or is_broken
         or (is_started and _is_unreachable(error) and not _is_disk_error(error))
     )
@@ -159,7 +187,8 @@ def _is_offline_by_setting() -> bool:
 
 
 def _is_disk_error(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+    is_of_network = isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, OSError) and error.errno is not None and not is_of_network
 
 
 def _explain(error: BaseException, what: str) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.encode import Job
+from data_prep.downloads import Downloads
+from data_prep.encode import Job, load_result
 from data_prep.encoder import EncoderChoice
+from data_prep.errors import UserError
 from data_prep.filter_settings import library_versions
-from data_prep.hub import download_file
 from data_prep.manifest import TokenizerInfo, token_dtype
 from data_prep.plan import Plan
 from data_prep.sources import SourceFile
@@ -26,18 +28,24 @@ UNITS_AT_ONCE = 32  # are screened before the first of them is encoded, while th
 UNITS_AT_ONCE_CAPPED = 4  # what lies beyond a cap is screened for nothing
 
 
-def make_stream(plan: Plan, files: list[tuple[int, SourceFile]]) -> Stream:
-    """The plan's stream; files of the Hub are downloaded when they are first read."""
-    paths: dict[int, str] = {}
+def make_stream(plan: Plan, files: list[tuple[int, SourceFile]], folder: Path | None = None) -> Stream:
+    """The plan's stream.
 
-    def fetch(index: int) -> str:
-        if index not in paths:
-            number, file = files[index]
-            paths[index] = file.path or download_file(plan.sources[number].entry, file)
-        return paths[index]
-
+    Args:
+        folder: For downloads, if not the plan's working folder.
+    """
     return Stream(
-        plan.sources, files, fetch, plan.keep_columns, plan.max_tokens, plan.max_docs, plan.buckets, plan.filters
+        plan.sources,
+        files,
+        Downloads(plan.sources, files, folder or plan.work / "downloads", plan.keep_downloads),
+        plan.keep_columns,
+        plan.max_tokens,
+        plan.max_docs,
+        plan.buckets,
+        plan.filters,
+        plan.is_spread,
+        plan.skip_failed,
+        dict(plan.failed),
     )
 
 
@@ -47,7 +55,8 @@ def make_screening(plan: Plan) -> Screening | None:
         return None
     from data_prep.screening import Screening
 
-    return Screening(plan.filters, {number for number, source in enumerate(plan.sources) if source.max_documents})
+    capped = {number for number, source in enumerate(plan.sources) if source.max_documents or plan.skip_failed}
+    return Screening(plan.filters, capped)
 
 
 def make_jobs(
@@ -62,33 +71,39 @@ def make_jobs(
 
     With `screening`, each unit twice: first to be screened, then to be encoded with what was decided about it.
     """
-    identities = [file.identity for _, file in stream.files]
 
-    def make_job(unit: Unit) -> Job:
-        return _make_job(plan, stream, unit, identities, tokenizer, encoder, threshold)
+    def fetch(job: Job) -> bool:
+        """Have here what a job is made of, unless an earlier attempt finished it; False where its source fails."""
+        is_far = any(stream.downloads.is_remote(piece.file) for piece in job.unit.pieces)
+        try:
+            if is_far and load_result(plan.work, job.key) is None:
+                stream.downloads.fetch_unit(job.unit.pieces)
+        except UserError as error:
+            stream.fail(job.unit.source, error)
+            return False
+        return True
 
-    jobs = (unit if unit is None else make_job(unit) for unit in stream.units())
+    def jobs_of(units: Iterator[Unit | None]) -> Iterator[Job | None]:
+        for unit in units:
+            yield None if unit is None else make_job(plan, stream, unit, tokenizer, encoder, threshold)
+
     if screening is None:
-        return jobs
+        return (job for job in jobs_of(stream.units()) if job is None or fetch(job))
     is_capped = plan.max_docs or plan.max_tokens or any(source.max_documents for source in plan.sources)
-    official = (make_job(unit) for unit in stream.official_units())
-    return screening.weave(official, jobs, UNITS_AT_ONCE_CAPPED if is_capped else UNITS_AT_ONCE)
+    at_once = UNITS_AT_ONCE_CAPPED if is_capped else UNITS_AT_ONCE
+    return screening.weave(jobs_of(stream.official_units()), jobs_of(stream.units()), at_once, fetch)
 
 
-def _make_job(
-    plan: Plan,
-    stream: Stream,
-    unit: Unit,
-    identities: list[str],
-    tokenizer: TokenizerInfo,
-    encoder: EncoderChoice,
-    threshold: int,
+def make_job(
+    plan: Plan, stream: Stream, unit: Unit, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int
 ) -> Job:
+    """A unit with all that its result depends on."""
     source = plan.sources[unit.source]
     reading = stream.reading(unit.source)
     is_skipped = source.entry.on_bad_record == "skip"
     unit_threshold = 0 if source.has_official_validation else threshold
     dtype = str(token_dtype(tokenizer.vocab_size))
+    identities = [stream.files[piece.file][1].identity for piece in unit.pieces]
     of_reading = {"is_bad_skipped": is_skipped, "reading": asdict(reading)}
     if plan.filters is not None:
         of_reading["filters"] = [plan.filters.settings(), library_versions(plan.filters)]

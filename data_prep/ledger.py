@@ -145,9 +145,14 @@ def _count_splits(counts: Counts, rows: dict[str, np.ndarray], status: np.ndarra
 
 
 def ledger_entry(
-    counts: Counts, beyond_cap: int, is_beyond_exact: bool, num_files: int, ignored: dict[str, int]
+    counts: Counts,
+    beyond_cap: int,
+    is_beyond_exact: bool,
+    num_files: int,
+    ignored: dict[str, int],
+    failed: str | None = None,
 ) -> dict[str, Any]:
-    """One source's entry of the manifest's ledger."""
+    """One source's entry of the manifest's ledger; `failed` says why it ends where it does, with --skip-failed."""
     return {
         "documents": {
             "read": counts.num_read,
@@ -162,6 +167,7 @@ def ledger_entry(
         **({"filters": counts.filters} if counts.filters else {}),
         **{name: vars(counts.splits[name]) for name in SPLITS},
         "files": {"read": num_files, "ignored": ignored},
+        **({"failed": failed} if failed is not None else {}),
     }
 
 
@@ -249,6 +255,9 @@ def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
         )
         for line in lines
     ]
+    for source, entry in ledger.items():
+        if "failed" in entry:
+            rows.append(f"{source}: FAILED after {entry['documents']['read']:,} documents: {entry['failed']}")
     for name, split in splits.items():
         is_packed = split.lengths_sha256 is not None
         rest = f"- {split.num_padding_tokens:,} of padding" if is_packed else f"+ {split.remainder_tokens:,} left over"

@@ -121,9 +121,14 @@ def _copy_tokenizer(plan: Plan, folder: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is either absent or whole."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, data: bytes) -> None:
+    """The same for bytes."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

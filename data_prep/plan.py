@@ -10,7 +10,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Options:
     buckets: Sequence[str] | None = None  # name=condition
     filters: str | None = None  # a YAML file, or none
     encoder: str = "auto"  # or hf
+    sample: str | None = None  # first or spread
+    skip_failed: bool = False
+    keep_downloads: bool = False
+    tokenized: str | None = None  # one of catalog.TOKENIZED
     packing: str | None = None  # one of PACKINGS
 
 
@@ -72,6 +76,10 @@ class Plan:
     buckets: tuple[Bucket, ...]
     packing: str
     filters: Filters | None = None
+    is_spread: bool = False  # a cap takes row groups drawn over all files
+    skip_failed: bool = False
+    keep_downloads: bool = False  # files of the Hub stay in its cache
+    failed: dict[int, str] = field(default_factory=dict)  # sources whose files could not be listed, and why
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -102,13 +110,14 @@ class Plan:
             sources.append(
                 {
                     "label": source.label,
-                    **(where if entry.repository else {}),
+                    **(where if entry.repository else {"url": entry.url} if entry.url else {}),
                     "text_column": entry.text_column,
                     "keep_columns": entry.keep_columns,
                     "document_start": entry.document_start,
                     "on_bad_record": entry.on_bad_record,
                     "max_documents": source.max_documents,
                     "split_lines": source.is_split_by_line,
+                    **({"tokenized": entry.tokenized} if entry.tokenized else {}),
                 }
             )
         return {
@@ -123,6 +132,8 @@ class Plan:
             "max_docs": self.max_docs,
             "buckets": {bucket.name: bucket.condition for bucket in self.buckets},
             "filters": self.filters.settings() if self.filters else {},
+            "sample": "spread" if self.is_spread else "first",
+            "skip_failed": self.skip_failed,
         }
 
 
@@ -137,10 +148,17 @@ def make_plan(options: Options) -> Plan:
         text_column=options.text_column,
         on_bad_record=options.on_bad_record,
         split_lines=options.split_lines,
+        tokenized=options.tokenized,
     )
     entries = [source.entry for source in sources]
+    _check_tokenized(entries, options.tokenizer)
     if options.out is None and len(sources) > 1:
         raise UserError("prep: several sources make one dataset, which needs a name. Add --out data/<name>.")
+    if "://" in (options.out or ""):
+        raise UserError(
+            f"prep: --out is {options.out} but blocks are written to a disk of this machine, since training maps them "
+            "into memory. Give a folder, and copy it where you need it."
+        )
     folder = Path(options.out) if options.out is not None else data_dir() / entries[0].name
     fraction = entries[0].val_fraction if options.val_fraction is None else options.val_fraction
     if not 0 <= fraction < 1:
@@ -151,8 +169,11 @@ def make_plan(options: Options) -> Plan:
     conditions = conditions or _only_default("--buckets", [entry.buckets for entry in entries])
     buckets = parse_buckets(conditions, "prep: --buckets ")
     filters = _make_filters(options.filters, entries)
+    if filters is not None and any(entry.tokenized for entry in entries):
+        raise UserError(f"prep: {entries[0].name} is tokenized already: filters are for text. Add --filters none.")
     kept = {name: kind for entry in entries for name, kind in entry.keep_columns.items()}
-    lists = {number: list_local_files(source) for number, source in enumerate(sources) if source.entry.path is not None}
+    sample = options.sample or _only_default("--sample", [entry.sample for entry in entries])
+    lists, failed = _list_local(sources, options.skip_failed)
     return Plan(
         folder=folder,
         dataset=folder.name,
@@ -167,6 +188,10 @@ def make_plan(options: Options) -> Plan:
         max_docs=options.max_docs,
         keep_columns={**kept, **condition_columns(buckets, kept, "prep: --buckets ")},
         buckets=buckets,
+        is_spread=sample == "spread",
+        skip_failed=options.skip_failed,
+        keep_downloads=options.keep_downloads,
+        failed=failed,
         packing=options.packing or _only_default("--packing", [entry.packing for entry in entries]),
         filters=filters,
     )
@@ -179,6 +204,38 @@ def _make_filters(option: str | None, entries: list[DatasetEntry]) -> Filters | 
         return make_filters(load_filters(option), f"{option}: ", option)
     raw = _only_default("--filters", [entry.filters for entry in entries])
     return make_filters(raw, f"{entries[0].name}.yaml: filters.") if raw else None
+
+
+def _check_tokenized(entries: list[DatasetEntry], tokenizer: str | None) -> None:
+    if not any(entry.tokenized for entry in entries):
+        return
+    text = next((entry.name for entry in entries if not entry.tokenized), None)
+    if text is not None:
+        raise UserError(
+            f"prep: {text} is text but another source holds ids. Prepare them apart, and mix them in a recipe."
+        )
+    if tokenizer is None or tokenizer.startswith("train:"):
+        raise UserError(
+            f"prep: {entries[0].name} is tokenized already, and only with its tokenizer its ids mean something. "
+            "Give the one that made them: --tokenizer <Hub id or folder>."
+        )
+
+
+def _list_local(
+    sources: list[Source], skip_failed: bool
+) -> tuple[dict[int, tuple[list[SourceFile], Counter]], dict[int, str]]:
+    """The files of each source that lies here, and why some cannot be listed, where those may be left out."""
+    lists, failed = {}, {}
+    for number, source in enumerate(sources):
+        if source.entry.path is None:
+            continue
+        try:
+            lists[number] = list_local_files(source)
+        except UserError as error:
+            if not skip_failed:
+                raise
+            lists[number], failed[number] = ([], Counter()), str(error)
+    return lists, failed
 
 
 def parse_tokenizer(value: str | dict[str, int]) -> dict[str, Any]:
@@ -223,7 +280,7 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
     for number, source in enumerate(plan.sources):
         entry = source.entry
         sizes = [
-            file.size * (1 if file.format in ("text", "python", "jsonl") else COMPRESSION)
+            file.size * (1 if file.format in ("text", "python", "jsonl") else 2 if entry.tokenized else COMPRESSION)
             for n, file in files
             if n == number
         ]
@@ -255,7 +312,7 @@ def describe_files(files: list[tuple[int, SourceFile]], sources: tuple[Source, .
 def other_folder(plan: Plan, suffix: str) -> str:
     """The command that prepares the same under another name."""
     folder = plan.folder.with_name(f"{plan.folder.name}-{suffix}")
-    words = " ".join(shlex.quote(source.entry.path or source.entry.repository) for source in plan.sources)
+    words = " ".join(shlex.quote(each.path or each.repository or each.url) for each in (s.entry for s in plan.sources))
     entry = plan.sources[0].entry
     named = entry.name if len(plan.sources) == 1 and plan.folder == dataset_folder(entry.name) else words
     filters = f"--filters {shlex.quote(plan.filters.path)}" if plan.filters and plan.filters.path else ""

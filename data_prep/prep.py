@@ -9,8 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep.align import Taken
 from data_prep.buckets import column_names
@@ -20,18 +21,18 @@ from data_prep.encoding_progress import EncodingProgress
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
 from data_prep.filters import check_installed
-from data_prep.hub import list_hub_files
 from data_prep.jobs import make_jobs, make_screening, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
+from data_prep.listing import list_all_files, list_far_files
 from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, TokenizerInfo, load_manifest, save_manifest, token_dtype
 from data_prep.output import write_dataset, write_whole
 from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
-from data_prep.proof import choose_encoder, give_up
+from data_prep.proof import choose_or_give_up, give_up
 from data_prep.removed import describe_filters, describe_left_out
-from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
+from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, refuse_changed_source, save_listing, save_request
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
@@ -75,10 +76,21 @@ def prepare(options: Options) -> dict[str, Manifest]:
             _leave_nothing_unfinished(plan)
 
 
-def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Manifest]:
+@dataclass
+class Settled:
+    """What is fixed before anything is encoded."""
+
+    files: list[tuple[int, SourceFile]]
+    validation: dict[str, Any]
+    stream: Stream
+    tokenizer: TokenizerInfo
+
+
+def settle(plan: Plan) -> Settled:
+    """Paragraphs 2 and 3: the files, the share of validation, and the tokenizer."""
     work = plan.work
     # 2. The files of all sources, those on the Hub pinned to a commit; the share of validation, fixed from their sizes.
-    files = _list_all_files(plan, work)
+    files = list_all_files(plan)
     validation = val_threshold(plan, files)
     stream = make_stream(plan, files)
     if _is_small_and_strict(plan):
@@ -86,39 +98,52 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     if plan.filters is not None:
         check_installed(plan.filters)
     work.mkdir(exist_ok=True)
+    refuse_changed_source(plan)
     is_continued = save_request(plan)
+    save_listing(plan, files)
     if not is_continued and (work / ALIGN_STATE).exists():
         print(f"{plan.folder}: the input changed since the last attempt, which starts anew.", file=sys.stderr)
         _remove(plan, OWN_NAMES)
         work.mkdir()
         save_request(plan)
+        save_listing(plan, files)
     if plan.filters is not None and "decontaminate" in plan.filters.options:
         print("\n".join(write_index(plan.filters, work / INDEX_NAME)), file=sys.stderr)
 
     # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
-    tokenizer = _settle_tokenizer(plan, stream, validation["threshold"], work)
+    return Settled(files, validation, stream, _settle_tokenizer(plan, stream, validation["threshold"], work))
 
+
+def encode_all(plan: Plan, settled: Settled, workers: Workers, encoder_option: str) -> dict[str, Any]:
+    """Paragraph 4: what of each unit is kept, the ledgers, and the encoder; from the working folder if it is there."""
     # 4. Encode: units, by any number of workers, each leaving a token run; caps end the stream. The fast encoder has
     # to prove itself; when it fails later, the reference does everything again.
-    state_path = work / ALIGN_STATE
+    state_path = plan.work / ALIGN_STATE
     if state_path.exists():
-        state = json.loads(state_path.read_text(encoding="utf-8"))
-    else:
-        choice = choose_encoder(plan, stream, tokenizer, encoder_option)
-        try:
-            units = _encode(plan, stream, tokenizer, choice, validation["threshold"], workers)
-        except EncoderMismatchError as mismatch:
-            choice = give_up(plan, tokenizer, encoder_option, mismatch)
-            stream = make_stream(plan, files)
-            units = _encode(plan, stream, tokenizer, choice, validation["threshold"], workers)
-        state = {
-            "units": [asdict(unit) for unit in units],
-            "ledgers": _make_ledgers(plan, stream),
-            "encoder": choice.for_manifest(stream.num_compared),
-        }
-        _check_values(plan, stream)
-        _check_length(plan, stream)
-        write_whole(state_path, json.dumps(state))
+        return json.loads(state_path.read_text(encoding="utf-8"))
+    stream, tokenizer, threshold = settled.stream, settled.tokenizer, settled.validation["threshold"]
+    choice = choose_or_give_up(plan, stream, tokenizer, encoder_option)
+    try:
+        units = _encode(plan, stream, tokenizer, choice, threshold, workers)
+    except EncoderMismatchError as mismatch:
+        choice = give_up(plan, tokenizer, encoder_option, mismatch)
+        stream = make_stream(plan, settled.files)
+        units = _encode(plan, stream, tokenizer, choice, threshold, workers)
+    state = {
+        "units": [asdict(unit) for unit in units],
+        "ledgers": _make_ledgers(plan, stream),
+        "encoder": choice.for_manifest(stream.num_compared),
+    }
+    _check_values(plan, stream)
+    _check_length(plan, stream)
+    write_whole(state_path, json.dumps(state))
+    return state
+
+
+def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Manifest]:
+    work, settled = plan.work, settle(plan)
+    files, validation, tokenizer = settled.files, settled.validation, settled.tokenizer
+    state = encode_all(plan, settled, workers, encoder_option)
     taken = [Taken(**unit) for unit in state["units"]]
 
     # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
@@ -148,28 +173,13 @@ def _load_manifests(plan: Plan) -> dict[str, Manifest]:
     return {bucket: load_manifest(folder) for bucket, folder in plan.outputs.items()}
 
 
-def _list_all_files(plan: Plan, work: Path) -> list[tuple[int, SourceFile]]:
-    files = []
-    for number, source in enumerate(plan.sources):
-        if source.entry.path is not None:
-            found = plan.local_files[number]
-        else:
-            pinned = work / f"hub-{number}.json"  # an interrupted preparation goes on with the same commit
-            if pinned.exists():
-                found = [SourceFile(**file) for file in json.loads(pinned.read_text(encoding="utf-8"))]
-            else:
-                found = list_hub_files(source.entry)
-                work.mkdir(exist_ok=True)
-                write_whole(pinned, json.dumps([asdict(file) for file in found]))
-        files += [(number, file) for file in found]
-    return files
-
-
 def _is_small_and_strict(plan: Plan) -> bool:
     """Whether reading everything once before writing costs little: then every error comes first."""
     is_local = all(source.entry.path is not None for source in plan.sources)
     size = sum(file.size for files in plan.local_files.values() for file in files)
-    is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources)
+    if any(source.entry.tokenized for source in plan.sources):
+        return False  # its ids mean nothing before there is a tokenizer
+    is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources) and not plan.skip_failed
     return is_local and size <= READ_TWICE_BYTES and is_strict and plan.max_tokens is None
 
 
@@ -192,13 +202,18 @@ def train_from_sources(
     files = [
         (number, file)
         for number, source in enumerate(plan.sources)
-        for file in plan.local_files.get(number) or list_hub_files(source.entry)
+        for file in plan.local_files.get(number) or list_far_files(source.entry)
     ]
-    stream = make_stream(plan, files)
+    downloads = tempfile.TemporaryDirectory()
+    stream = make_stream(plan, files, Path(downloads.name))
     if _is_small_and_strict(plan):
         stream.check_readable()
     threshold = val_threshold(plan, files)["threshold"]  # what prep would hold out is not learned from
-    train_on_sample(stream, threshold, sample_bytes, vocab_size, out, control)
+    try:
+        train_on_sample(stream, threshold, sample_bytes, vocab_size, out, control)
+    finally:
+        stream.downloads.close()
+        downloads.cleanup()
     with tempfile.TemporaryDirectory() as folder:  # both ways of loading agree, and prep need not ask again
         import_tokenizer(str(out), Path(folder) / "tokenizer")
     print(f"{out}: a tokenizer of {vocab_size:,} entries. Use it: python -m data_prep prep ... --tokenizer {out}")
@@ -207,7 +222,8 @@ def train_from_sources(
 def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) -> TokenizerInfo:
     """The tokenizer in the dataset's folder; trained or loaded unless an earlier attempt did it from the same input."""
     folder, done = plan.tokenizer_folder, work / TOKENIZER_DONE
-    key = json.dumps({**plan.settings(), "block_size": None, "packing": None, "threshold": threshold}, sort_keys=True)
+    settings = {**plan.settings(), "block_size": None, "packing": None, "skip_failed": None}
+    key = json.dumps({**settings, "threshold": threshold}, sort_keys=True)
     if folder.exists() and done.exists() and done.read_text(encoding="utf-8") == key:
         return describe_tokenizer(folder, plan.tokenizer)
     temporary = work / "tokenizer"
@@ -244,12 +260,14 @@ def _encode(
             except UserError:
                 (plan.work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
                 raise
+            stream.downloads.done_with(job.unit.pieces)
             progress.take(job, unit)
             if unit is not None:
                 units.append(unit)
         progress.finish()
     finally:
         progress.close()
+        stream.downloads.close()
     return units
 
 
@@ -279,7 +297,7 @@ def _make_ledgers(plan: Plan, stream: Stream) -> dict[str, dict]:
         num_files = sum(1 for n, _ in stream.files if n == number)
         ignored = dict(plan.ignored_files.get(number, {}))
         for ledger, counts in zip(ledgers.values(), stream.counts[number], strict=True):
-            ledger[source.label] = ledger_entry(counts, *beyond[number], num_files, ignored)
+            ledger[source.label] = ledger_entry(counts, *beyond[number], num_files, ignored, stream.failed.get(number))
     return json.loads(json.dumps(ledgers, default=vars))
 
 

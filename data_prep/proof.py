@@ -32,6 +32,7 @@ from data_prep.plan import Plan
 from data_prep.stream import Stream
 
 CHOICE = "encoder.json"  # in the working folder
+MISMATCH = "mismatch.json"  # in the working folder: noted, and not yet acted on
 EVIDENCE = "encoder_mismatch.json"  # in the dataset's folder
 PROVEN_IDS = 1_000_000
 _MOST_UNITS = 10_000  # are counted: with more, each compares the hundred ids that so many would
@@ -50,9 +51,25 @@ def choose_encoder(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option:
         if known["key"] == key:
             return EncoderChoice(**known["choice"])
     choice = _try(plan, stream, tokenizer, option)
-    if choice.why and option == "auto":
+    if choice.why and option == "auto" and choice.name != "none":
         print(f"encoder: {choice.name}, because {choice.why}.", flush=True)
     write_whole(path, json.dumps({"key": key, "choice": asdict(choice)}))
+    return choice
+
+
+def note_mismatch(work: Path, mismatch: EncoderMismatchError) -> None:
+    """Where units are encoded apart from who decides: leave the evidence for the next start, which gives up."""
+    write_whole(work / MISMATCH, json.dumps(mismatch.evidence))
+
+
+def choose_or_give_up(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
+    """`choose_encoder`, unless a mismatch was noted since."""
+    noted = plan.work / MISMATCH
+    if not noted.exists():
+        return choose_encoder(plan, stream, tokenizer, option)
+    mismatch = EncoderMismatchError(json.loads(noted.read_text(encoding="utf-8")))
+    choice = give_up(plan, tokenizer, option, mismatch)
+    noted.unlink()
     return choice
 
 
@@ -73,6 +90,8 @@ def give_up(plan: Plan, tokenizer: TokenizerInfo, option: str, mismatch: Encoder
 
 def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> EncoderChoice:
     reference = EncoderChoice(reference_name(), False)
+    if any(source.entry.tokenized for source in plan.sources):
+        return EncoderChoice("none", False, "the source is tokenized already")
     if option == "hf":
         return EncoderChoice(reference.name, False, "--encoder is hf")
     name = fast_name()
@@ -117,7 +136,7 @@ def _count_units(stream: Stream) -> int:
         if source.entry.path is None:
             count += sum(1 for n, file in stream.files if n == number and file.split == "train")
         else:
-            count += sum(1 for _ in islice(stream.train_units(number), _MOST_UNITS))
+            count += sum(1 for _ in islice(stream.source_units(number), _MOST_UNITS))
     return max(1, count)
 
 

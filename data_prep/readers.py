@@ -46,6 +46,7 @@ class Reading:
     document_start: str | None
     is_split_by_line: bool
     buckets: tuple[Bucket, ...] = ()  # whose columns are among keep_columns
+    tokenized: str | None = None  # one of catalog.TOKENIZED: text_column holds ids
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Record:
     text: str | None
     problem: str | None = None
     kept: tuple[Any, ...] = ()
+    ids: Any = None  # a NumPy array, of a document that is tokenized already
 
 
 def read_records(pieces: tuple[Piece, ...], reading: Reading) -> Iterator[Record]:
@@ -133,7 +135,7 @@ def _read_jsonl(piece: Piece, reading: Reading) -> Iterator[Record]:
             if problem is not None:
                 yield Record(piece.file, number, None, problem, nothing)
                 continue
-            kept = tuple(_as_type(row.get(name), kind) for name, kind in reading.keep_columns)
+            kept = tuple(as_type(row.get(name), kind) for name, kind in reading.keep_columns)
             if reading.text_column not in row:
                 problem = f"there is no column {reading.text_column!r}; there are: {', '.join(map(repr, row))}"
                 yield Record(piece.file, number, None, problem, kept)
@@ -166,13 +168,13 @@ def _read_parquet(piece: Piece, reading: Reading) -> Iterator[Record]:
                 texts = _check_column(batch.column(reading.text_column), reading.text_column)
                 for row, (text, problem) in enumerate(texts):
                     values = tuple(
-                        _as_type(kept[k][row] if k in kept else None, kind) for k, kind in reading.keep_columns
+                        as_type(kept[k][row] if k in kept else None, kind) for k, kind in reading.keep_columns
                     )
                     yield Record(piece.file, number, text, problem, values)
                     number += 1
     except (OSError, pa.ArrowException) as error:
         yield Record(
-            piece.file, number, None, f"the rest of the file cannot be read as Parquet ({_one_line(error)})", nothing
+            piece.file, number, None, f"the rest of the file cannot be read as Parquet ({one_line(error)})", nothing
         )
 
 
@@ -284,7 +286,7 @@ def _check_scalar(value: Any, column: str) -> tuple[str | None, str | None]:
         return None, f"{column!r} is not UTF-8 (byte {error.start}: {error.reason})"
 
 
-def _as_type(value: Any, kind: str) -> Any:
+def as_type(value: Any, kind: str) -> Any:
     """A kept value as its declared type; null where it is of another.
 
     A kept column is a courtesy, never a reason to stop.
@@ -298,5 +300,6 @@ def _as_type(value: Any, kind: str) -> Any:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message without line ends."""
     return " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +99,7 @@ class Screening:
     """The decisions so far, and the jobs that wait for theirs.
 
     Args:
-        capped: The numbers of sources with a cap of their own: what lies beyond is no duplicate of anything.
+        capped: The numbers of sources that may end early: what lies beyond is no duplicate of anything.
     """
 
     def __init__(self, filters: Filters, capped: set[int]):
@@ -123,14 +123,17 @@ class Screening:
         if job.unit.source in self.capped and job.unit.split == "train":
             self._settled.append((_screen_path(_screened(job)), num_rows))
 
-    def weave(self, official: Iterator[Job], jobs: Iterator[Job | None], at_once: int) -> Iterator[Job | None]:
+    def weave(
+        self, official: Iterator[Job], jobs: Iterator[Job | None], at_once: int, fetch: Callable[[Job], bool]
+    ) -> Iterator[Job | None]:
         """The jobs, each unit screened before it is encoded; None asks to wait until all so far were taken.
 
         Args:
             official: Those of official validation splits, once more, which everything else is compared with.
             at_once: How many are screened at once; it never changes the result.
+            fetch: Has here what a job is made of; False where that fails, and the job is left out.
         """
-        yield from (_screened(job) for job in official)
+        yield from filter(fetch, map(_screened, official))
         waiting: list[Job] = []  # screened, not yet encoded
         new: list[Job] = []  # being screened
         source = None
@@ -138,7 +141,7 @@ class Screening:
             is_next_source = job is not None and job.unit.split == "train" and job.unit.source != source
             if job is None or is_next_source:
                 yield None
-                yield from map(self._decided, [*waiting, *new])
+                yield from filter(fetch, map(self._decided, [*waiting, *new]))
                 yield None
                 waiting, new = [], []
             if is_next_source:
@@ -147,15 +150,17 @@ class Screening:
             if job is None:
                 continue
             if job.unit.split == "train":
+                if not fetch(_screened(job)):
+                    continue
                 yield _screened(job)
             new.append(job)
             if len(new) == at_once:
                 if not all(self._is_decided(each) for each in waiting):
                     yield None
-                yield from map(self._decided, waiting)
+                yield from filter(fetch, map(self._decided, waiting))
                 waiting, new = new, []
         yield None
-        yield from map(self._decided, [*waiting, *new])
+        yield from filter(fetch, map(self._decided, [*waiting, *new]))
 
     def _begin_source(self, number: int, previous: int | None) -> None:
         """Forget what lies beyond the cap of the source in front."""

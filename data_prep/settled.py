@@ -9,14 +9,16 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from data_prep.align import read_rows
 from data_prep.documents import files_path
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME, load_manifest, prep_command
 from data_prep.packing import CONCAT
-from data_prep.plan import Plan, other_folder
+from data_prep.plan import Plan, describe_files, other_folder
 from data_prep.sources import SourceFile
 
 REQUEST_NAME = "request.json"
+LISTING_NAME = "files.jsonl"  # in the working folder
 ALIGN_STATE = "align.json"  # in the working folder: encoding is finished, and this is its order
 OWN_NAMES = ("train", "validation", "documents", "tokenizer")
 
@@ -31,6 +33,13 @@ def is_complete(plan: Plan) -> bool:
     for folder in done:
         manifest = load_manifest(folder)
         _refuse_other(plan, folder, manifest.settings, manifest.tokenizer.sha256)
+        failed = [label for label, entry in manifest.ledger.items() if "failed" in entry]
+        if failed and not plan.skip_failed:
+            raise UserError(
+                f"{folder}: was made with --skip-failed, and {', '.join(failed)} failed: it does not hold all of it. "
+                f"Nothing is overwritten. Accept it as it is with --skip-failed, prepare all beside it: "
+                f"{other_folder(plan, 'whole')}; or remove that one first: {_remove_command(plan)}"
+            )
     if len(done) == len(plan.outputs):
         return True
     if done and not (plan.work / ALIGN_STATE).exists():
@@ -63,6 +72,41 @@ def is_complete(plan: Plan) -> bool:
     return False
 
 
+def refuse_changed_source(plan: Plan) -> None:
+    """A source that changed since the preparation was interrupted does not belong to what is finished.
+
+    A file that had been in the way (a bad record, say) may be mended or removed: nothing was made of it.
+
+    Raises:
+        UserError: a file of which something was made is another or gone, or there is a new one.
+    """
+    path, listing = plan.work / REQUEST_NAME, plan.work / LISTING_NAME
+    if not path.exists() or not listing.exists():
+        return
+    earlier, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(plan.settings()))
+    if earlier == now or {**earlier, "local_files": None} != {**now, "local_files": None}:
+        return
+    changes, finished = _changes(plan, listing), _finished_files(plan.work, listing)
+    if finished and (changes["new"] or finished & {*changes["changed"], *changes["gone"]}):
+        owned = [folder / name for folder in plan.outputs.values() for name in OWN_NAMES if (folder / name).exists()]
+        remove = " ".join(shlex.quote(str(each)) for each in (plan.work, *owned))
+        raise UserError(
+            f"{plan.folder}: its input changed since the preparation was interrupted: "
+            f"{_describe_changes(plan, listing)}. What is finished was made of the old one. Put the old one back, and "
+            f"the same command continues; or begin anew with the new one: rm -rf {remove}"
+        )
+
+
+def save_listing(plan: Plan, files: list[tuple[int, SourceFile]]) -> None:
+    """Note in the working folder which files units are made of."""
+    path, text = plan.work / LISTING_NAME, describe_files(files, plan.sources)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return  # also where many processes do this at once
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def save_request(plan: Plan) -> bool:
     """Note in the working folder what is prepared; True if an earlier attempt at exactly this is continued."""
     path = plan.work / REQUEST_NAME
@@ -80,11 +124,12 @@ def _refuse_other(plan: Plan, folder: Path, earlier: dict[str, Any], tokenizer_s
     now = json.loads(json.dumps(plan.settings()))
     if not _is_same_tokenizer(earlier["tokenizer"], now["tokenizer"], tokenizer_sha256):
         _refuse_key(plan, folder, "tokenizer", earlier["tokenizer"], what)
-    earlier = {"buckets": {}, "filters": {}, "packing": CONCAT, **earlier}  # which manifests did not always have
+    # what manifests did not always have
+    earlier = {"buckets": {}, "filters": {}, "packing": CONCAT, "sample": "first", **earlier}
     for key in ("block_size", "packing"):
         if earlier[key] != now[key]:
             _refuse_key(plan, folder, key, earlier[key], what)
-    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "filters", "sources"):
+    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "filters", "sample", "sources"):
         if earlier[key] != now[key]:
             _refuse_setting(plan, folder, key, earlier[key], now[key])
     if earlier["local_files"] != now["local_files"]:
@@ -140,6 +185,16 @@ def _describe_tokenizer(source: dict[str, Any]) -> str:
 
 
 def _describe_changes(plan: Plan, listing: Path) -> str:
+    changes = _changes(plan, listing)
+    return ", ".join(
+        f"{len(names)} {'file' if len(names) == 1 else 'files'} {what} ({names[0]}{' ...' if len(names) > 1 else ''})"
+        for what, names in changes.items()
+        if names
+    )
+
+
+def _changes(plan: Plan, listing: Path) -> dict[str, list[str]]:
+    """Of the sources that lie here the files that changed since they were listed, are new, or are gone, by name."""
     earlier = {}
     for line in listing.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -148,18 +203,27 @@ def _describe_changes(plan: Plan, listing: Path) -> str:
     for number, files in plan.local_files.items():
         now.update({(plan.sources[number].label, file.name): file for file in files})
     local = {plan.sources[number].label for number in plan.local_files}
-    gone = [name for source, name in earlier if source in local and (source, name) not in now]
-    new = [name for source, name in now if (source, name) not in earlier]
-    changed = [
-        name for source, name in now if (source, name) in earlier and earlier[source, name] != _key(now[source, name])
-    ]
-    parts = [
-        (len(names), what, names[0]) for names, what in ((changed, "changed"), (new, "new"), (gone, "gone")) if names
-    ]
-    return ", ".join(
-        f"{count} {'file' if count == 1 else 'files'} {what} ({first}{' ...' if count > 1 else ''})"
-        for count, what, first in parts
-    )
+    return {
+        "changed": [
+            name
+            for source, name in now
+            if (source, name) in earlier and earlier[source, name] != _key(now[source, name])
+        ],
+        "new": [name for source, name in now if (source, name) not in earlier],
+        "gone": [name for source, name in earlier if source in local and (source, name) not in now],
+    }
+
+
+def _finished_files(work: Path, listing: Path) -> set[str]:
+    """The names of files that finished units are made of."""
+    import pyarrow.compute as pc
+
+    names = [json.loads(line)["name"] for line in listing.read_text(encoding="utf-8").splitlines()]
+    finished: set[str] = set()
+    for path in work.glob("*.rows.arrow"):
+        if (work / f"{path.name.partition('.')[0]}.json").exists():
+            finished |= {names[i] for i in pc.unique(read_rows(work, path.name.partition(".")[0])["file"]).to_pylist()}
+    return finished
 
 
 def _key(file: SourceFile) -> tuple[int, str]:

@@ -1,8 +1,8 @@
 """Where documents come from: what the user named, turned into a list of files.
 
-In: `fineweb`, `fineweb:100000`, `fineweb-edu-10bt/high`, `corpus/`, `notes/*.md`, `a.jsonl.gz`, `user/dataset`. Out:
-one `Source` each, with its files in a fixed order. A listed name comes first, then what exists here, then a Hub id (it
-has a slash). A bare name is never looked up on the Hub.
+In: `fineweb`, `fineweb:100000`, `fineweb-edu-10bt/high`, `corpus/`, `notes/*.md`, `a.jsonl.gz`, `s3://bucket/x`,
+`user/dataset`. Out: one `Source` each, with its files in a fixed order. A listed name comes first, then an address,
+then what exists here, then a Hub id (it has a slash). A bare name is never looked up on the Hub.
 """
 
 import glob
@@ -31,6 +31,8 @@ FORMATS = {
     ".json.zst": "jsonl.zst",
     ".parquet": "parquet",
 }
+TOKENIZED_FORMATS = {".bin": "bin", ".parquet": "parquet", ".arrow": "arrow"}
+BIN_IS_A_STREAM = "--tokenized is documents but a .bin has no rows. Its documents end at EOS: --tokenized stream."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DEFAULT_KEEP_COLUMNS = {"url": "string", "score": "float64", "language": "string"}
 # Up to here the files' content is hashed (well under a second); beyond, size and time of change stand for it.
@@ -68,7 +70,12 @@ class Source:
 
 
 def parse_sources(
-    specs: list[str], *, text_column: str | None, on_bad_record: str | None, split_lines: bool
+    specs: list[str],
+    *,
+    text_column: str | None,
+    on_bad_record: str | None,
+    split_lines: bool,
+    tokenized: str | None = None,
 ) -> list[Source]:
     """The sources that the words of the command line name. Looks at the file system, not at the network.
 
@@ -79,10 +86,17 @@ def parse_sources(
     for spec in specs:
         name, cap = _split_cap(spec)
         entry = _find_entry(name)
-        changes = {"text_column": text_column, "on_bad_record": on_bad_record}
+        changes = {"text_column": text_column, "on_bad_record": on_bad_record, "tokenized": tokenized}
+        if (tokenized or entry.tokenized) and entry.text_column == "text" and text_column is None:
+            changes["text_column"] = "input_ids"
         entry = DatasetEntry(
             **{**entry.__dict__, **{key: value for key, value in changes.items() if value is not None}}
         )
+        if entry.tokenized and (split_lines or entry.document_start):
+            raise UserError(
+                f"{name}: --split-lines and document_start are for text, but --tokenized says that there are ids. "
+                "Leave one of them out."
+            )
         if split_lines and entry.document_start:
             raise UserError(
                 f"{name}: --split-lines makes every line a document but this dataset joins its lines. Leave it out."
@@ -101,11 +115,12 @@ def list_local_files(source: Source) -> tuple[list[SourceFile], Counter]:
     """
     entry = source.entry
     root = stdlib_folder() if entry.path == STDLIB else Path(entry.path)
+    formats = readable_formats(entry)
     ignored: Counter = Counter()
     if root.is_dir():
         found = sorted(_walk(root, set(entry.exclude_folders)), key=lambda path: path.relative_to(root).as_posix())
-        only = {".py"} if entry.path == STDLIB else set(FORMATS)
-        names = {path: path.relative_to(root).as_posix() for path in found if _extension(path.name) in only}
+        only = {".py"} if entry.path == STDLIB else set(formats)
+        names = {path: path.relative_to(root).as_posix() for path in found if _extension(path.name, formats) in only}
         ignored.update(path.suffix or path.name for path in found if path not in names)
     elif root.exists():
         names = {root: root.name}
@@ -115,21 +130,26 @@ def list_local_files(source: Source) -> tuple[list[SourceFile], Counter]:
         names = {path: path.relative_to(base).as_posix() for path in found}
     if not names:
         raise UserError(
-            f"{entry.path}: no file to read there. Readable are {', '.join(FORMATS)}; found: {_describe(ignored)}."
+            f"{entry.path}: no file to read there. Readable are {', '.join(formats)}; found: {_describe(ignored)}."
         )
     for path in names:
-        if _extension(path.name) is None:
+        if _extension(path.name, formats) is None:
+            is_ids = _extension(path.name, TOKENIZED_FORMATS) is not None
             raise UserError(
-                f"{path}: the extension says no format that can be read. Readable are {', '.join(FORMATS)}; "
-                "rename or convert it."
+                f"{path}: the extension says no format that can be read"
+                f"{' as ids' if entry.tokenized else ''}. Readable are {', '.join(formats)}; "
+                f"{'if it holds ids, say so with --tokenized stream' if is_ids else 'rename or convert it'}."
             )
+    bin_file = next((path for path in names if _extension(path.name, formats) == ".bin"), None)
+    if bin_file is not None and entry.tokenized == "documents":
+        raise UserError(f"{bin_file}: {BIN_IS_A_STREAM}")
     if source.is_split_by_line and (
-        record := next((p for p in names if _format_of(p.name) not in ("text", "python")), None)
+        record := next((p for p in names if FORMATS[_extension(p.name)] not in ("text", "python")), None)
     ):
         raise UserError(
             f"{record}: --split-lines (split: line) is for text files, but this one holds records. Prepare it without."
         )
-    return _describe_files(names), ignored
+    return _describe_files(names, formats), ignored
 
 
 def stdlib_folder() -> Path:
@@ -137,20 +157,30 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def source_format(name: str, where: str) -> str:
+def readable_formats(entry: DatasetEntry) -> dict[str, str]:
+    """How the files of a dataset are read, by the end of their names."""
+    return TOKENIZED_FORMATS if entry.tokenized else FORMATS
+
+
+def source_format(name: str, where: str, entry: DatasetEntry) -> str:
     """How a file with this name is read.
 
     Raises:
         UserError: its extension says no known format.
     """
-    if _extension(name) is None:
-        raise UserError(f"{where}: {name} cannot be read. Readable are {', '.join(FORMATS)}.")
-    return _format_of(name)
+    formats = readable_formats(entry)
+    extension = _extension(name, formats)
+    if extension is None:
+        raise UserError(f"{where}: {name} cannot be read. Readable are {', '.join(formats)}.")
+    if extension == ".bin" and entry.tokenized == "documents":
+        raise UserError(f"{where}: {name}: {BIN_IS_A_STREAM}")
+    return formats[extension]
 
 
 def _split_cap(spec: str) -> tuple[str, int | None]:
     name, colon, cap = spec.rpartition(":")
-    if not colon or not name or os.path.exists(spec) or os.sep in cap:
+    is_of_address = cap.startswith("//") or ("://" in spec and "/" in cap)  # its scheme, or its port
+    if not colon or not name or is_of_address or os.path.exists(spec) or os.sep in cap:
         return spec, None
     try:
         count = parse_count(cap)
@@ -166,6 +196,8 @@ def _split_cap(spec: str) -> tuple[str, int | None]:
 def _find_entry(name: str) -> DatasetEntry:
     if name in entry_names():
         return replace(load_entry(name), buckets={})
+    if "://" in name:
+        return _entry_for(_stem(name.partition("://")[2].rstrip("/")), f"files at {name}", url=name)
     if split_bucket(name)[1] is not None:
         return load_entry(split_bucket(name)[0])
     if os.path.exists(name) or glob.glob(name, recursive=True):
@@ -178,9 +210,10 @@ def _find_entry(name: str) -> DatasetEntry:
     dataset, _, bucket = name.partition("/")
     if dataset in entry_names() and (known := load_entry(dataset).buckets):
         raise UserError(f"{name}: {dataset} has no bucket {bucket}. {did_you_mean(bucket, known)}")
-    if HUB_ID.fullmatch(name) and _extension(name) is None:
+    is_file = _extension(name) is not None or _extension(name, TOKENIZED_FORMATS) is not None
+    if HUB_ID.fullmatch(name) and not is_file:
         return _entry_for(name.split("/")[1], f"Hub dataset {name}", repository=name)
-    if os.sep in name or _extension(name) is not None:
+    if os.sep in name or is_file:
         raise UserError(f"{name}: no such file or folder. Paths are relative to {os.getcwd()}.")
     raise UserError(
         f"{name} is neither a listed dataset nor a file or folder here. {did_you_mean(name, entry_names())} "
@@ -206,17 +239,13 @@ def _stem(name: str) -> str:
     if any(letter in name for letter in "*?["):
         parts = [part for part in Path(name).parts if not any(letter in part for letter in "*?[")]
         return Path(os.path.abspath(os.path.join(*parts))).name if parts else Path.cwd().name
-    extension = _extension(name) or ""
+    extension = _extension(name) or _extension(name, TOKENIZED_FORMATS) or ""
     return Path(name).name[: len(Path(name).name) - len(extension)] or Path(name).name
 
 
-def _extension(name: str) -> str | None:
-    fits = [extension for extension in FORMATS if name.lower().endswith(extension)]
+def _extension(name: str, formats: dict[str, str] = FORMATS) -> str | None:
+    fits = [extension for extension in formats if name.lower().endswith(extension)]
     return max(fits, key=len) if fits else None
-
-
-def _format_of(name: str) -> str | None:
-    return FORMATS.get(_extension(name) or "")
 
 
 def _walk(root: Path, excluded: set[str]):
@@ -230,7 +259,7 @@ def _walk(root: Path, excluded: set[str]):
         yield from (Path(folder) / name for name in names)
 
 
-def _describe_files(names: dict[Path, str]) -> list[SourceFile]:
+def _describe_files(names: dict[Path, str], formats: dict[str, str]) -> list[SourceFile]:
     stats = {path: path.stat() for path in names}
     is_hashed = sum(stat.st_size for stat in stats.values()) <= MAX_HASHED_BYTES
     files = []
@@ -241,7 +270,8 @@ def _describe_files(names: dict[Path, str]) -> list[SourceFile]:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}). Give read permission or take it away."
             ) from error
-        files.append(SourceFile(names[path], _format_of(path.name), stat.st_size, identity, path=str(path)))
+        kind = formats[_extension(path.name, formats)]
+        files.append(SourceFile(names[path], kind, stat.st_size, identity, path=str(path)))
     return files
 
 

@@ -5,6 +5,7 @@ are prefixes in source order, found by the running counts of finished units, so 
 workers.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import numpy as np
 from data_prep.align import Taken, read_rows
 from data_prep.arrays import to_numpy
 from data_prep.buckets import Bucket, bucket_names
+from data_prep.downloads import Downloads
 from data_prep.encode import Job, UnitResult, run_name
 from data_prep.errors import UserError
 from data_prep.filter_settings import Filters
@@ -20,23 +22,31 @@ from data_prep.ledger import TRAIN, VALIDATION, Counts, count_rows
 from data_prep.manifest import SPLITS
 from data_prep.readers import Reading, read_records
 from data_prep.sources import Source, SourceFile
-from data_prep.units import Unit, iter_units
+from data_prep.spread import iter_spread_units, sample_units
+from data_prep.units import Unit, iter_units, unit_size
 
 MAX_PROBLEMS_SHOWN = 5
 
 
 @dataclass
 class Stream:
-    """Units in order, and the caps. `fetch` gives a file's local path by its number, downloading it if need be."""
+    """Units in order, and the caps.
+
+    With `is_spread` the order is drawn instead of the sources'. With `skip_failed` a source that fails ends there, and
+    `failed` says why.
+    """
 
     sources: tuple[Source, ...]
     files: list[tuple[int, SourceFile]]  # (number of the source, file), in the order of documents/files.jsonl
-    fetch: Callable[[int], str]
+    downloads: Downloads
     keep_columns: dict[str, str]
     max_tokens: int | None
     max_docs: int | None
     buckets: tuple[Bucket, ...] = ()
     filters: Filters | None = None
+    is_spread: bool = False
+    skip_failed: bool = False
+    failed: dict[int, str] = field(default_factory=dict)
     counts: dict[int, list[Counts]] = field(default_factory=dict)  # by source, for each bucket or the one
     num_units_used: dict[int, int] = field(default_factory=dict)
     beyond_cap: dict[int, int] = field(default_factory=dict)
@@ -45,6 +55,7 @@ class Stream:
     _line: int = 0  # records of the current file in front of the current unit
 
     def __post_init__(self) -> None:
+        self._unit_bytes = unit_size(self.files)
         for number in range(len(self.sources)):
             self.counts[number] = [Counts() for _ in bucket_names(self.buckets)]
             self.num_units_used[number] = self.beyond_cap[number] = 0
@@ -56,35 +67,77 @@ class Stream:
         """
         for number, source in enumerate(self.sources):
             is_capped = source.max_documents or self.max_docs or self.max_tokens
-            if is_capped and source.entry.repository and source.entry.document_start is None:
+            is_far = source.entry.path is None
+            if is_capped and is_far and source.entry.document_start is None and not self.is_spread:
                 units = self._units_file_by_file(number)
             else:
-                units = self.train_units(number)
-            while number not in self.finished and (unit := next(units, self)) is not self:
-                yield unit
-            yield from self._units_of(number, "validation")
+                units = self._units_of(number, "train")
+            while number not in self.finished and (unit := self._next(units, number)) is not None:
+                yield unit[0]
+            units = self._units_of(number, "validation")
+            while (unit := self._next(units, number)) is not None:
+                yield unit[0]
+
+    def _next(self, units: Iterator[Unit | None], number: int) -> tuple[Unit | None] | None:
+        """The next unit of a source, in a tuple; None at its end, which is also where it fails."""
+        if number in self.failed:
+            return None
+        try:
+            return next(((unit,) for unit in units), None)
+        except UserError as error:
+            self.fail(number, error)
+            return None
+
+    def fail(self, number: int, error: UserError) -> None:
+        """A source cannot be read on: the end of the preparation, unless failed sources may be left out.
+
+        Raises:
+            UserError: the error, with the source's name.
+        """
+        label = self.sources[number].label
+        if not self.skip_failed:
+            if len(self.sources) == 1:
+                raise error
+            raise UserError(
+                f"source {label}: {error} Or leave out what cannot be read of a source with --skip-failed."
+            ) from error
+        if number not in self.failed:
+            print(f"warning: source {label} failed and is left out from here on: {error}", file=sys.stderr, flush=True)
+            self.failed[number] = str(error)
 
     def train_units(self, number: int) -> Iterator[Unit]:
-        """The train units of one source."""
-        return self._units_of(number, "train")
+        """The train units of one source, each with its files here; of one that fails those in front of it."""
+        units = self._units_of(number, "train")
+        while number not in self.failed:
+            try:
+                unit = next(units, None)
+                if unit is None:
+                    return
+                self.downloads.fetch_unit(unit.pieces)
+            except UserError:
+                if not self.skip_failed:
+                    raise
+                return  # encoding meets it again, and notes it
+            yield unit
+
+    def source_units(self, number: int) -> Iterator[Unit]:
+        """The train units of one source in its own order, whatever their order is here."""
+        files = self._files_of(number, "train")
+        return iter_units(self.sources[number], number, files, "train", self.downloads, self._unit_bytes)
 
     def official_units(self) -> Iterator[Unit]:
         """The units of the sources' official validation splits."""
         return (unit for number in range(len(self.sources)) for unit in self._units_of(number, "validation"))
 
     def sample_units(self, number: int, num_bytes: int, draw: Callable[[str], int]) -> list[Unit]:
-        """Train units of a source for a sample of so many bytes: all, but of the Hub's files only as many as needed.
+        """Train units of a source for a sample of so many bytes: all, but of files elsewhere only as many as needed.
 
         Args:
             draw: a file's place in the order in which they are taken, by its name.
         """
-        source = self.sources[number]
-        files = [(index, file) for index, (n, file) in enumerate(self.files) if n == number and file.split == "train"]
-        if source.entry.repository:  # a file is downloaded whole
-            drawn, files = sorted(files, key=lambda item: draw(item[1].name)), []
-            while drawn and sum(file.size for _, file in files) < num_bytes:
-                files.append(drawn.pop(0))
-        return list(iter_units(source, number, sorted(files, key=lambda item: item[0]), "train", self.fetch))
+        return sample_units(
+            self.sources[number], number, self._files_of(number, "train"), self.downloads, num_bytes, draw
+        )
 
     def reading(self, number: int) -> Reading:
         """How the source's records become documents."""
@@ -95,6 +148,7 @@ class Stream:
             entry.document_start,
             self.sources[number].is_split_by_line,
             self.buckets,
+            entry.tokenized,
         )
 
     def take(self, job: Job, result: UnitResult) -> Taken | None:
@@ -120,7 +174,8 @@ class Stream:
             self.beyond_cap[number] += num_read - num_rows
         elif result.problem is not None and number not in self.finished:
             file, record, what = result.problem
-            raise UserError(self.describe_problem(file, record + first_record, what))
+            self.fail(number, UserError(self.describe_problem(file, record + first_record, what)))
+            self.finished.add(number)
         num_tokens = {}
         for name, total, new in zip(bucket_names(self.buckets), self.counts[number], counts, strict=True):
             total.add(new)
@@ -132,10 +187,10 @@ class Stream:
         known = {}
         for number, source in enumerate(self.sources):
             is_exact = True
-            if number in self.finished and source.entry.path is None:
+            if number in self.failed or (number in self.finished and source.entry.path is None):
                 is_exact = False  # what was not needed was not downloaded
             elif number in self.finished:
-                for index, unit in enumerate(self.train_units(number)):
+                for index, unit in enumerate(self._units_of(number, "train")):
                     if index >= self.num_units_used[number]:
                         is_exact &= unit.num_documents is not None
                         self.beyond_cap[number] += unit.num_documents or 0
@@ -146,7 +201,7 @@ class Stream:
         """A bad record as an error message."""
         number, info = self.files[file]
         source = self.sources[number]
-        path = self.fetch(file)
+        path = f"{source.label}: {info.name}" if self.downloads.is_remote(file) else info.path
         is_lines = info.format.startswith("jsonl") or source.is_split_by_line
         where = path if what.startswith("the file") else f"{path}: {'line' if is_lines else 'record'} {record + 1}"
         return (
@@ -192,16 +247,22 @@ class Stream:
             raise UserError("\n".join(problems[:MAX_PROBLEMS_SHOWN]) + more)
 
     def _units_file_by_file(self, number: int) -> Iterator[Unit | None]:
-        for index, (source, file) in enumerate(self.files):
-            if source == number and file.split == "train":
-                yield None
-                yield from iter_units(self.sources[number], number, [(index, file)], "train", self.fetch)
+        for index, file in self._files_of(number, "train"):
+            yield None
+            yield from iter_units(
+                self.sources[number], number, [(index, file)], "train", self.downloads, self._unit_bytes
+            )
 
     def _units_of(self, number: int, split: str) -> Iterator[Unit]:
-        files = [
+        where = (self.sources[number], number, self._files_of(number, split))
+        if self.is_spread and split == "train":
+            return iter_spread_units(*where, self.downloads, self._unit_bytes)
+        return iter_units(*where, split, self.downloads, self._unit_bytes)
+
+    def _files_of(self, number: int, split: str) -> list[tuple[int, SourceFile]]:
+        return [
             (index, file) for index, (source, file) in enumerate(self.files) if source == number and file.split == split
         ]
-        return iter_units(self.sources[number], number, files, split, self.fetch)
 
     def _rows_within_caps(self, job: Job, result: UnitResult) -> int:
         """How many of the unit's records the caps leave; notes which sources now have enough."""

@@ -102,9 +102,11 @@ def _drawn(stream: Stream, number: int, budget: int) -> Iterator[tuple[int, Reco
 
 
 def _documents(stream: Stream, unit: Unit) -> Iterator[Record]:
+    stream.downloads.fetch_unit(unit.pieces)
     records = read_records(unit.pieces, stream.reading(unit.source))
     texts = (record for record in records if record.text and record.problem is None)
-    return texts if stream.filters is None else iter_clean(texts, unit.pieces, stream.filters)
+    yield from texts if stream.filters is None else iter_clean(texts, unit.pieces, stream.filters)
+    stream.downloads.forget_parts(unit.pieces)
 
 
 def _sort_key(stream: Stream, unit: Unit) -> tuple[int, int]:

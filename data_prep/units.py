@@ -6,14 +6,16 @@ on the number of workers; so the tokens in front of a unit, and with them every 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data_prep.errors import UserError
-from data_prep.readers import Piece, check_parquet_column
+from data_prep.downloads import FILES_AHEAD, Downloads
+from data_prep.readers import Piece
+from data_prep.row_groups import ranges_of_groups, read_far_groups, read_groups, unreadable
 from data_prep.sources import Source, SourceFile
 
 UNIT_BYTES = 8_000_000  # a few seconds of work: what a kill loses, and how evenly the last units spread over workers
+MOST_UNITS = 50_000  # of large corpora the units are larger: 60 TB in 7.5 million units would be 30 million files
 
 
 @dataclass(frozen=True)
@@ -32,82 +34,92 @@ class Unit:
     continues_file: bool = False
 
     def key(self, settings: dict, identities: list[str]) -> str:
-        """The name of the unit's result: equal exactly when input and settings are."""
+        """The name of the unit's result: equal exactly when input and settings are.
+
+        Args:
+            identities: of the pieces' files.
+        """
         parts = [
-            [piece.file, identities[piece.file], piece.format, piece.start, piece.end, piece.first_record]
-            for piece in self.pieces
+            [piece.file, identity, piece.format, piece.start, piece.end, piece.first_record]
+            for piece, identity in zip(self.pieces, identities, strict=True)
         ]
         text = json.dumps([settings, self.source, self.split, parts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def unit_size(files: list[tuple[int, SourceFile]]) -> int:
+    """Bytes of input that a unit has about, of a preparation of these files."""
+    return max(UNIT_BYTES, sum(file.size for _, file in files) // MOST_UNITS)
+
+
 def iter_units(
-    source: Source, number: int, files: list[tuple[int, SourceFile]], split: str, fetch: Callable[[int], str]
+    source: Source,
+    number: int,
+    files: list[tuple[int, SourceFile]],
+    split: str,
+    downloads: Downloads,
+    unit_bytes: int,
 ) -> Iterator[Unit]:
-    """The units of one split of a source, lazily: a file is fetched when its first unit is asked for.
+    """The units of one split of a source, lazily, in source order. A Parquet file has to be here to be cut.
 
     Args:
         number: The source's number.
         files: The split's files with their numbers in documents/files.jsonl.
-        fetch: The local path of a file by that number; downloads it if need be.
+        unit_bytes: About so large is a unit.
     """
-    if source.entry.document_start is not None:
+    is_stream = (source.entry.tokenized or "").startswith("stream") and any(file.format != "bin" for _, file in files)
+    if source.entry.document_start is not None or is_stream:
         # Documents may go on from one file to the next: one worker reads them all, in order.
-        pieces = tuple(Piece(index, fetch(index), file.format) for index, file in files)
+        pieces = tuple(Piece(index, downloads.path(index), file.format) for index, file in files)
         yield Unit(number, split, pieces, sum(file.size for _, file in files))
         return
     group: list[Piece] = []
     group_bytes = 0
-    for index, file in files:
+    for position, (index, file) in enumerate(files):
+        downloads.ahead(each for each, _ in files[position + 1 : position + 1 + FILES_AHEAD])
+        path = downloads.path(index)
         if file.format in ("text", "python") and not source.is_split_by_line:
-            group.append(Piece(index, fetch(index), file.format))
+            group.append(Piece(index, path, file.format))
             group_bytes += file.size
-            if group_bytes < UNIT_BYTES:
+            if group_bytes < unit_bytes:
                 continue
         if group:
             yield Unit(number, split, tuple(group), group_bytes, len(group))
             group, group_bytes = [], 0
         if file.format == "parquet":
-            yield from _cut_parquet(source, number, split, index, file, fetch(index))
-        elif file.format.endswith((".gz", ".zst")):
-            yield Unit(number, split, (Piece(index, fetch(index), file.format),), file.size)
-        elif file.format == "jsonl" or source.is_split_by_line:
-            yield from _cut_lines(number, split, index, file, fetch(index))
+            yield from _cut_parquet(source, number, split, index, file, downloads, unit_bytes)
+        elif file.format.endswith((".gz", ".zst")) or file.format == "arrow":
+            yield Unit(number, split, (Piece(index, path, file.format),), file.size)
+        elif file.format in ("jsonl", "bin") or source.is_split_by_line:
+            yield from _cut_lines(number, split, index, file, path, unit_bytes)
     if group:
         yield Unit(number, split, tuple(group), group_bytes, len(group))
 
 
-def _cut_lines(number: int, split: str, index: int, file: SourceFile, path: str) -> Iterator[Unit]:
-    for start in range(0, max(file.size, 1), UNIT_BYTES):
-        end = min(start + UNIT_BYTES, file.size)
+def _cut_lines(number: int, split: str, index: int, file: SourceFile, path: str, unit_bytes: int) -> Iterator[Unit]:
+    for start in range(0, max(file.size, 1), unit_bytes):
+        end = min(start + unit_bytes, file.size)
         yield Unit(number, split, (Piece(index, path, file.format, start, end),), end - start, continues_file=start > 0)
 
 
-def _cut_parquet(source: Source, number: int, split: str, index: int, file: SourceFile, path: str) -> Iterator[Unit]:
+def _cut_parquet(
+    source: Source, number: int, split: str, index: int, file: SourceFile, downloads: Downloads, unit_bytes: int
+) -> Iterator[Unit]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    path = downloads.path(index)
+
+    def read() -> list[tuple[int, int, int, int]]:
+        if downloads.is_cut_from_afar and downloads.is_far(index):
+            return read_far_groups(source, index, file, downloads)
+        return read_groups(downloads.fetch(index), source)
 
     try:
-        with pq.ParquetFile(path) as parquet:
-            check_parquet_column(parquet, path, source.entry.text_column)
-            metadata = parquet.metadata
-            groups = [
-                (metadata.row_group(i).num_rows, metadata.row_group(i).total_byte_size)
-                for i in range(metadata.num_row_groups)
-            ]
+        groups = downloads.remembered_groups(index, read)
     except (OSError, pa.ArrowException) as error:
         if source.entry.on_bad_record == "fail":
-            raise UserError(
-                f"{path}: the Parquet file cannot be read ({' '.join(str(error).split())[:200]}). "
-                "Replace or remove it, or leave such files out with --on-bad-record skip, which counts them."
-            ) from error
+            raise unreadable(path, error) from error
         yield Unit(number, split, (Piece(index, path, "parquet"),), file.size)  # the reader counts it as one bad record
         return
-    total_bytes = max(sum(size for _, size in groups), 1)
-    first_group = first_row = rows = size = 0
-    for group, (group_rows, group_bytes) in enumerate(groups, start=1):
-        rows, size = rows + group_rows, size + group_bytes
-        if size >= UNIT_BYTES or group == len(groups):
-            piece = Piece(index, path, "parquet", first_group, group, first_row)
-            yield Unit(number, split, (piece,), file.size * size // total_bytes, rows)
-            first_group, first_row, rows, size = group, first_row + rows, 0, 0
+    for first_group, end_group, first_row, rows, num_bytes in ranges_of_groups(groups, file.size, unit_bytes):
+        yield Unit(number, split, (Piece(index, path, "parquet", first_group, end_group, first_row),), num_bytes, rows)

@@ -29,11 +29,14 @@ Report = Callable[[int, int], None]
 
 
 class Workers:
-    """So many workers; the processes are started at once, so that their imports and ours run side by side."""
+    """So many workers; the processes are started at once, so that their imports and ours run side by side.
 
-    def __init__(self, num_proc: int):
+    With `is_apart` one worker too is a process of its own, whose death this one survives.
+    """
+
+    def __init__(self, num_proc: int, is_apart: bool = False):
         self.num_proc = num_proc
-        self._pool = _Pool(num_proc) if num_proc > 1 else None
+        self._pool = _Pool(num_proc) if num_proc > 1 or is_apart else None
 
     def run(self, jobs: Iterator[Job | None], report: Report) -> Iterator[tuple[Job, UnitResult]]:
         """Encode all jobs, in order. Units that an earlier attempt finished are not encoded again.

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlparse
@@ -13,7 +15,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repositories` maps owner/name to its files; `failures` maps a path's end to the statuses to answer first."""
+    """`repositories` maps owner/name to its files; `failures` maps a path's end to what to answer first.
+
+    That is a status, "hang" (the headers and half of the bytes, then nothing for a while) or "short" (half of the
+    bytes, then the end). A 429 asks to wait a second.
+    """
 
     daemon_threads = True
 
@@ -21,8 +27,11 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
         self.gated: set[str] = set()
-        self.failures: dict[str, list[int]] = {}
+        self.failures: dict[str, list[int | str]] = {}
         self.downloads: Counter = Counter()
+        self.num_bytes_sent = 0
+        self.asked_at: list[tuple[float, str]] = []  # of GETs of files
+        self.now: Callable[[], None] | None = None  # called at each GET of a file
 
     @property
     def url(self) -> str:
@@ -40,9 +49,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
-        for end, statuses in self.server.failures.items():
-            if path.endswith(end) and self.command == "GET" and statuses:
-                return self._send(statuses.pop(0), b"busy", {})
+        if self.command == "GET" and "/resolve/" in path:
+            self.server.asked_at.append((time.monotonic(), path))
+            if self.server.now is not None:
+                self.server.now()
+        self.failure: str | None = None
+        for end, failures in self.server.failures.items():
+            if path.endswith(end) and self.command == "GET" and failures:
+                failure = failures.pop(0)
+                if isinstance(failure, int):
+                    return self._send(failure, b"busy", {"Retry-After": "1"} if failure == 429 else {})
+                self.failure = failure
         api = path.startswith("/api/datasets/")
         parts = path.removeprefix("/api").removeprefix("/datasets/").split("/")
         repository, rest = "/".join(parts[:2]), parts[2:]
@@ -99,12 +116,27 @@ class Handler(BaseHTTPRequestHandler):
         self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if status == 200 and asked is not None and "ETag" in headers:
+            start, end = int(asked[1]), int(asked[2] or len(body) - 1) + 1
+            status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(body)}"}
+            body = body[start:end]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if self.failure is not None:
+            body, is_hanging = body[: len(body) // 2], self.failure == "hang"
             self.wfile.write(body)
+            self.wfile.flush()
+            if is_hanging:
+                time.sleep(6)
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+        self.server.num_bytes_sent += len(body)
 
     def log_message(self, *arguments: object) -> None:
         """Quiet."""

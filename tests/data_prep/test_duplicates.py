@@ -274,6 +274,28 @@ def test_an_official_validation_split_stays_whole_and_what_equals_it_leaves_trai
     run_here("check", tmp_path / "out")
 
 
+def test_files_elsewhere_are_there_for_both_readings_and_no_more_are_fetched_than_a_cap_needs(
+    tmp_path, small_tokenizer, filters, run_cli
+):
+    texts = make_texts(60)
+    files = {f"data/train-{n:05}-of-00003.parquet": parquet(texts[n * 20 : n * 20 + 20]) for n in range(3)}
+    loop = Loop()
+    outcomes = [loop.read(text) for text in texts]
+    with serve({"owner/plain": files}) as hub:
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+        env["HF_HUB_DISABLE_XET"] = "1"
+        options = ("--tokenizer", small_tokenizer, "--block-size", 1, "--filters", filters, "--val-fraction", 0)
+        for spec, out in (("owner/plain:5", "some"), ("owner/plain", "all")):
+            words = ["-m", "data_prep", "prep", spec, *options, "--out", out]
+            result = run_cli(words, cwd=tmp_path, env=env)
+            assert result.code == 0, result.stderr
+            assert len(hub.downloads) == {"some": 1, "all": 3}[out]
+    kept = [text for text, rule in outcomes if not rule]
+    assert read_documents(tmp_path / "some", "train") == kept[:5]
+    assert read_documents(tmp_path / "all", "train") == kept
+    assert not list(tmp_path.glob("*/.work"))
+
+
 def test_what_was_removed_is_shown_and_damage_to_it_is_noticed(tmp_path, small_tokenizer, filters, capsys, fails):
     folder = write_files(tmp_path / "x", make_texts(100), 50)
     out = tmp_path / "out"
@@ -294,6 +316,18 @@ def test_what_was_removed_is_shown_and_damage_to_it_is_noticed(tmp_path, small_t
     assert "exact_duplicates read 100 documents" in message
     (out / "documents" / "samples.jsonl").write_text("")
     assert "samples.jsonl: its content changed" in fails("check", out)
+
+
+def test_what_does_not_go_with_filters_is_refused(tmp_path, small_tokenizer, filters, fails, capsys):
+    source = write_files(tmp_path / "x", make_texts(30), 30)
+    command = arguments(source, small_tokenizer, tmp_path / "out", filters)
+    run_here(*command, "--estimate")
+    assert "without what the filters leave out" in capsys.readouterr().out
+    message = fails(*command, "--tokenized", "documents")
+    assert "x is tokenized already: filters are for text" in message
+    pytest.importorskip("datatrove")
+    message = fails(*command, "--executor", "local")
+    assert "exact_duplicates, duplicate_lines decide in the order of all documents" in message
 
 
 def test_the_same_filters_again_do_nothing_and_others_are_refused(tmp_path, small_tokenizer, filters, capsys, fails):

@@ -1,6 +1,7 @@
 """Datasets of the Hub, downloaded from a server on this machine through the real libraries."""
 
 import io
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,7 +84,7 @@ def prep(hub, tmp_path, small_tokenizer, run_cli):
 
 def test_a_hub_dataset_is_downloaded_prepared_and_then_known_offline(hub, prep, tmp_path):
     hub.downloads.clear()
-    result = prep("owner/plain", "--val-fraction", 0)
+    result = prep("owner/plain", "--val-fraction", 0, "--keep-downloads")
     assert result.code == 0, result.stderr
     out = tmp_path / "data" / "plain"
     assert read_documents(out, "train") == [text for n in range(3) for text in texts_of(f"part {n}")]
@@ -108,12 +109,6 @@ def test_only_as_many_files_are_downloaded_as_the_cap_needs(hub, prep, tmp_path)
     assert dict(hub.downloads) == {"data/train-00000-of-00003.parquet": 1}
     documents = load_manifest(tmp_path / "data" / "plain").ledger["plain"]["documents"]
     assert documents["train"] == 15 and documents["beyond_cap"] == 5 and not documents["is_beyond_cap_exact"]
-
-
-def test_a_busy_hub_is_asked_again(hub, prep):
-    hub.failures["train-00001-of-00003.parquet"] = [503, 429]
-    result = prep("owner/plain", "--val-fraction", 0)
-    assert result.code == 0, result.stderr
 
 
 def test_wikitext_is_joined_into_articles_and_its_validation_split_is_used(prep, tmp_path):
@@ -202,4 +197,5 @@ def test_retries_wait_longer_each_time_and_then_give_up(capsys, monkeypatch):
     with pytest.raises(UserError, match="cannot be reached"):
         with_retries(always_late, "owner/name", waits_s=(0, 0.001, 0.002))
     assert len(calls) == 4
-    assert "next try in 0.002 s" in capsys.readouterr().err
+    waits = [float(wait) for wait in re.findall(r"next try in (\S+) s", capsys.readouterr().err)]
+    assert waits[0] == 0 and 0.00075 <= waits[1] <= 0.00125 and 0.0015 <= waits[2] <= 0.0025  # no two clients in step
