@@ -22,6 +22,8 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.manifest import TokenizerInfo, token_dtype
 from data_prep.readers import MAX_DOCUMENT_BYTES, Piece, Reading, Record, as_type, check_parquet_column, one_line
+from data_prep.token_bytes import backend_token_bytes
+from data_prep.tokenizer_folder import load_backend
 
 ROWS = 256
 SEARCH_IDS = 2**20
@@ -66,7 +68,7 @@ class _Documents:
 
     def __init__(self, reading: Reading, tokenizer: TokenizerInfo, folder: Path):
         self.column, self.num_kept, self.tokenizer = reading.text_column, len(reading.keep_columns), tokenizer
-        self.table = _load_bytes(folder)
+        self.table = _load_bytes(folder, tokenizer)
 
     def make(self, file: int, number: int, ids: np.ndarray, kept: tuple[Any, ...] | None = None) -> Record:
         """A record of these ids, an EOS at the end and a BOS in front taken off."""
@@ -234,24 +236,7 @@ def _lists(column: Any, name: str) -> Iterator[np.ndarray | str]:
 
 
 @lru_cache(maxsize=1)
-def _load_bytes(folder: Path) -> list[bytes]:
-    from data_prep.token_bytes import token_bytes
-    from data_prep.tokenizer_folder import load_backend
-
-    return token_bytes(_LikeTransformers(load_backend(folder), folder))
-
-
-class _LikeTransformers:
-    """As much of transformers' tokenizer as `token_bytes` asks for; the library itself takes seconds to load."""
-
-    def __init__(self, backend: Any, folder: Path):
-        self.backend_tokenizer, self.name_or_path = backend, str(folder)
-        self.all_special_ids: list[int] = []  # those of tokenizer.json are marked there
-        self._size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    def __len__(self) -> int:
-        return self._size
-
-    def convert_ids_to_tokens(self, ids: range) -> list[str | None]:
-        """The tokens by their ids."""
-        return [self.backend_tokenizer.id_to_token(i) for i in ids]
+def _load_bytes(folder: Path, tokenizer: TokenizerInfo) -> list[bytes]:
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    control = {id_ for id_ in known if id_ is not None}
+    return backend_token_bytes(load_backend(folder), control, tokenizer.vocab_size, str(folder))
