@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.downloads import Downloads
+from data_prep.downloads import FILES_AT_ONCE, Downloads
 from data_prep.encode import Job, load_result
 from data_prep.encoder import EncoderChoice
 from data_prep.errors import UserError
@@ -84,7 +84,7 @@ def make_jobs(
         return True
 
     def jobs_of(units: Iterator[Unit | None]) -> Iterator[Job | None]:
-        for unit in units:
+        for unit in _with_few_files(units, stream.downloads):
             yield None if unit is None else make_job(plan, stream, unit, tokenizer, encoder, threshold)
 
     if screening is None:
@@ -92,6 +92,21 @@ def make_jobs(
     is_capped = plan.max_docs or plan.max_tokens or any(source.max_documents for source in plan.sources)
     at_once = UNITS_AT_ONCE_CAPPED if is_capped else UNITS_AT_ONCE
     return screening.weave(jobs_of(stream.official_units()), jobs_of(stream.units()), at_once, fetch)
+
+
+def _with_few_files(units: Iterator[Unit | None], downloads: Downloads) -> Iterator[Unit | None]:
+    """The units, with a None (see `Stream.units`) wherever more than FILES_AT_ONCE files would lie here."""
+    begun: set[int] = set()  # far files whose units may not all be done
+    for unit in units:
+        first = None if unit is None else unit.pieces[0].file
+        if unit is None:
+            begun.clear()
+        elif downloads.is_remote(first):
+            if first not in begun and len(begun) == FILES_AT_ONCE:
+                yield None  # then they are done, and removed
+                begun.clear()
+            begun.add(first)
+        yield unit
 
 
 def make_job(

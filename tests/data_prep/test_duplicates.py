@@ -282,14 +282,11 @@ def test_files_elsewhere_are_there_for_both_readings_and_no_more_are_fetched_tha
     loop = Loop()
     outcomes = [loop.read(text) for text in texts]
     with serve({"owner/plain": files}) as hub:
-        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
-        env["HF_HUB_DISABLE_XET"] = "1"
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
         options = ("--tokenizer", small_tokenizer, "--block-size", 1, "--filters", filters, "--val-fraction", 0)
-        for spec, out in (("owner/plain:5", "some"), ("owner/plain", "all")):
-            words = ["-m", "data_prep", "prep", spec, *options, "--out", out]
-            result = run_cli(words, cwd=tmp_path, env=env)
-            assert result.code == 0, result.stderr
-            assert len(hub.downloads) == {"some": 1, "all": 3}[out]
+        for spec, out, num_files in (("owner/plain:5", "some", 1), ("owner/plain", "all", 3)):
+            result = run_cli(["-m", "data_prep", "prep", spec, *options, "--out", out], cwd=tmp_path, env=env)
+            assert result.code == 0 and len(hub.downloads) == num_files, result.stderr
     kept = [text for text, rule in outcomes if not rule]
     assert read_documents(tmp_path / "some", "train") == kept[:5]
     assert read_documents(tmp_path / "all", "train") == kept
