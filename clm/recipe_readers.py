@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clm.attention import ATTENTION_CHOICES
 from clm.problems import (
     Problems,
     read_boolean,
@@ -32,9 +33,9 @@ from clm.recipe_sections import (
     StageItem,
     ValidationItem,
 )
+from clm.speed import LOSSES, SPEEDS
 from clm.timeline import Schedule
 
-ATTENTION_CHOICES = ("auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager")
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
 SPIKE_POLICIES = ("log", "report", "skip", "rollback")
 FULL_DISK_CHOICES = ("continue", "pause", "stop")
@@ -113,6 +114,8 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
         samples=_read_samples(_read_mapping(raw, "run.samples", problems), problems),
         retention=_read_retention(_read_mapping(raw, "run.retention", problems), problems),
         spikes=_read_spikes(_read_mapping(raw, "run.spikes", problems), problems),
+        speed=read_choice(raw, "run.speed", "fast", SPEEDS, problems),
+        loss=read_choice(raw, "run.loss", "auto", LOSSES, problems),
         schedule_tokens=read_optional_count(raw, "run.schedule_tokens", problems),
         save_in_background=read_boolean(raw, "run.save_in_background", True, problems),
         preflight=read_boolean(raw, "run.preflight", True, problems),

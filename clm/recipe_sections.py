@@ -132,6 +132,8 @@ class RunSection:
     samples: SampleSettings = field(default_factory=SampleSettings)
     retention: Retention = field(default_factory=Retention)
     spikes: SpikeSettings = field(default_factory=SpikeSettings)
+    speed: str = "fast"
+    loss: str = "auto"
     schedule_tokens: int | None = None
     save_in_background: bool = True
     preflight: bool = True
