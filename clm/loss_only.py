@@ -156,16 +156,18 @@ class ChunkedLoss(torch.autograd.Function):
             for first in range(0, len(targets), chunk_rows):
                 here = slice(first, first + chunk_rows)
                 rows, labels = used_hidden[here], targets[here]
-                logits = F.linear(rows, used_weight, used_bias).float()
+                log_p = F.linear(rows, used_weight, used_bias).float().log_softmax(dim=1)
                 is_target = (labels != IGNORE)[:, None]
                 index = labels.clamp(min=0)[:, None]
-                log_sum = logits.logsumexp(dim=1, keepdim=True)
-                total += ((log_sum - logits.gather(1, index)) * is_target).sum()
-                logits.sub_(log_sum).exp_()  # from here on the gradient of the loss by the logits
-                logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=logits.dtype))
-                by_logits = logits.mul_(is_target).to(dtype)
+                total -= (log_p.gather(1, index) * is_target).sum()
+                by_logits = log_p.exp_()  # softmax minus one at the target: the gradient of the loss by the logits
+                by_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=by_logits.dtype))
+                by_logits = by_logits.mul_(is_target).to(dtype)
                 hidden_grad[here] = by_logits @ used_weight
-                weight_grad += by_logits.T @ rows
+                if dtype == torch.float32:
+                    weight_grad.addmm_(by_logits.T, rows)
+                else:
+                    weight_grad += by_logits.T @ rows
                 if bias_grad is not None:
                     bias_grad += by_logits.sum(0)
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
