@@ -3,8 +3,8 @@
     python benchmarks/loop_overhead.py
 
 In: ours, a bare loop, the plain Trainer. Out: one JSON line per variant and repetition, and a table: milliseconds of
-the processor per micro-step and per step (one optimizer step, the callbacks, the meter), and what is above bare. Steps of
-1 and of 9 micro-batches are timed: their difference is 8 micro-steps.
+CPU time per micro-step and per step (one optimizer step, the callbacks, the meter), and what is above bare. Steps of 1
+and of 9 micro-batches are timed: their difference is 8 micro-steps.
 """
 
 from __future__ import annotations

@@ -312,6 +312,7 @@ def run_stock(settings: Settings, turns: Turns) -> None:
         seed=settings.seed,
         torch_compile=settings.is_compiled,
         train_sampling_strategy="sequential",  # data lies in the order of ours
+        remove_unused_columns=not is_parity,  # shift_labels, which the model takes among its further arguments
         **more,
     )
     model = NullModel() if settings.is_null else hf_model(settings)

@@ -7,6 +7,7 @@ compared with it in tests/end_to_end/test_speed.py.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from clm.dataset import IGNORE, collate, collate_as_stock
+from clm.muon import make_optimizer
 from data_prep.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -119,6 +121,20 @@ class FastSteps(Trainer):
             steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
             loss = loss + self.model.config.router_aux_loss_coef * router_loss / steps
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Stock (trainer.py, create_optimizer) has no Muon: `run.optimizer: muon` makes it, with AdamW's arguments as
+        stock reads them from `training`."""
+        run, args = self.plan.recipe.run, self.args
+        if run.optimizer != "muon":
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            _, adamw = self.get_optimizer_cls_and_kwargs(args, self.model)
+            muon = dataclasses.asdict(run.muon)
+            if muon["weight_decay"] is None:
+                muon["weight_decay"] = args.weight_decay
+            self.optimizer = make_optimizer(self.model if model is None else model, adamw, args.weight_decay, muon)
+        return self.optimizer
 
     def take_router_loss(self) -> dict[str, float]:
         """{"router_loss": its mean over the micro-batches since the last call, without coefficient}, or {}.

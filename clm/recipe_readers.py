@@ -26,6 +26,7 @@ from clm.recipe_sections import (
     DataSection,
     MixtureItem,
     ModelSection,
+    MuonSettings,
     Retention,
     RunSection,
     SampleSettings,
@@ -37,6 +38,8 @@ from clm.speed import LOSSES, SPEEDS
 from clm.timeline import Schedule
 
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
+OPTIMIZERS = ("trainer", "muon")
+ADJUSTMENTS = ("original", "match_rms_adamw")
 SPIKE_POLICIES = ("log", "report", "skip", "rollback")
 FULL_DISK_CHOICES = ("continue", "pause", "stop")
 AMOUNTS = ("weight", "tokens", "epochs")
@@ -116,7 +119,11 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
         spikes=_read_spikes(_read_mapping(raw, "run.spikes", problems), problems),
         speed=read_choice(raw, "run.speed", "fast", SPEEDS, problems),
         loss=read_choice(raw, "run.loss", "auto", LOSSES, problems),
+        optimizer=read_choice(raw, "run.optimizer", "trainer", OPTIMIZERS, problems),
+        muon=_read_muon(raw, problems),
         schedule_tokens=read_optional_count(raw, "run.schedule_tokens", problems),
+        warmup_tokens=read_optional_count(raw, "run.warmup_tokens", problems),
+        decay_tokens=read_optional_count(raw, "run.decay_tokens", problems),
         save_in_background=read_boolean(raw, "run.save_in_background", True, problems),
         preflight=read_boolean(raw, "run.preflight", True, problems),
         full_disk=read_choice(raw, "run.full_disk", "continue", FULL_DISK_CHOICES, problems),
@@ -135,6 +142,25 @@ def _read_samples(raw: dict, problems: Problems) -> SampleSettings:
         max_new_tokens=read_count(raw, "run.samples.max_new_tokens", problems, 64),
         temperature=read_positive_number(raw, "run.samples.temperature", 0.7, problems),
         top_k=read_count(raw, "run.samples.top_k", problems, 20),
+    )
+
+
+def _read_muon(raw: dict, problems: Problems) -> MuonSettings:
+    settings = _read_mapping(raw, "run.muon", problems)
+    refuse_unknown("run.muon", settings, _keys(MuonSettings), problems)
+    if settings and raw.get("optimizer") != "muon":
+        problems.add("run.muon", "is set but run.optimizer is not muon. Set run.optimizer: muon, or remove it.")
+    momentum = read_positive_number(settings, "run.muon.momentum", 0.95, problems)
+    if momentum >= 1:
+        problems.add("run.muon.momentum", f"is {momentum} but must be below 1.")
+    decay = settings.get("weight_decay")
+    if decay is not None and decay != 0:  # 0 switches it off, which "a number above 0" would refuse
+        decay = read_positive_number(settings, "run.muon.weight_decay", 0.1, problems)
+    return MuonSettings(
+        learning_rate=read_positive_number(settings, "run.muon.learning_rate", 0.02, problems),
+        momentum=momentum,
+        weight_decay=decay,
+        adjust=read_choice(settings, "run.muon.adjust", "original", ADJUSTMENTS, problems),
     )
 
 

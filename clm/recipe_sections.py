@@ -78,6 +78,16 @@ class SpikeSettings:
     max_rollbacks: int = 3
 
 
+@dataclass(frozen=True)
+class MuonSettings:
+    """Muon's part of `optimizer: muon`; `weight_decay` None is training.weight_decay, `adjust` as in clm/muon.py."""
+
+    learning_rate: float = 0.02
+    momentum: float = 0.95
+    weight_decay: float | None = None
+    adjust: str = "original"
+
+
 @dataclass
 class ModelSection:
     """What is trained. `config`: architecture for `init: random`; `init`: random, or a folder or Hub id to continue."""
@@ -134,7 +144,11 @@ class RunSection:
     spikes: SpikeSettings = field(default_factory=SpikeSettings)
     speed: str = "fast"
     loss: str = "auto"
+    optimizer: str = "trainer"
+    muon: MuonSettings = field(default_factory=MuonSettings)
     schedule_tokens: int | None = None
+    warmup_tokens: int | None = None
+    decay_tokens: int | None = None
     save_in_background: bool = True
     preflight: bool = True
     full_disk: str = "continue"

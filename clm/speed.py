@@ -57,6 +57,7 @@ def choose_speed(
         block_size: the longest row of any stage.
     """
     is_fast = recipe.run.speed == "fast"
+    _check_optimizer(recipe, training)
     compiled, why_compiled = _choose_compile(training, is_fast, has_gpu)
     loss, why_loss = _choose_loss(recipe, training, config, is_fast, compiled)
     why_masked = needs_mask(config, block_size)
@@ -84,6 +85,23 @@ def is_engine_used(training: dict[str, Any]) -> bool:
     """Whether DeepSpeed or FSDP owns the weights: there a weight is only whole while its module is called."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
     return bool(training.get("deepspeed")) or any(os.environ.get(name) == "true" for name in names)
+
+
+def _check_optimizer(recipe: Recipe, training: dict[str, Any]) -> None:
+    if recipe.run.optimizer != "muon":
+        return
+    optim = training.get("optim", "adamw_torch_fused")
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        recipe.problems.add(
+            "training.optim",
+            f"is {optim} but run.optimizer is muon, beside which AdamW is torch's. Remove one of them.",
+        )
+    if is_engine_used(training):
+        recipe.problems.add(
+            "run.optimizer",
+            "is muon but the weights are sharded (DeepSpeed or FSDP), and Muon needs whole matrices. Use DDP, or "
+            "run.optimizer: trainer.",
+        )
 
 
 def _choose_compile(training: dict[str, Any], is_fast: bool, has_gpu: bool) -> tuple[bool, str]:

@@ -161,6 +161,9 @@ def _shrink(whole: Plan, num_steps: int, unit: int) -> dict[str, Any]:
     if run["schedule_tokens"]:
         run["schedule_tokens"] = round(run["schedule_tokens"] / whole.timeline.num_tokens * num_tokens)
     ratio = math.ceil((run["schedule_tokens"] or num_tokens) / data["tokens_per_step"]) / horizon_before
+    for name in ("warmup_tokens", "decay_tokens"):
+        if run[name] is not None:
+            run[name] = max(1, round(run[name] / before * ratio * data["tokens_per_step"]))
     if training.get("warmup_steps", 0) >= 1:
         training["warmup_steps"] = max(1, math.ceil(training["warmup_steps"] * ratio))
     kwargs = training.get("lr_scheduler_kwargs") or {}
