@@ -150,7 +150,14 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
     model = build_model(
-        plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope), plan.speed.loss
+        plan.recipe.model,
+        plan.config,
+        plan.tokenizer,
+        plan.attention,
+        plan.seed,
+        dict(stage.rope),
+        plan.speed.loss,
+        plan.speed.is_fast,
     )
 
     # c. The HF Trainer.

@@ -170,7 +170,14 @@ def run_ours(settings: Settings, turns: Turns) -> None:
     model = NullModel()
     if not settings.is_null:
         model = build_model(
-            plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, None, plan.speed.loss
+            plan.recipe.model,
+            plan.config,
+            plan.tokenizer,
+            plan.attention,
+            plan.seed,
+            None,
+            plan.speed.loss,
+            plan.speed.is_fast,
         )
     with Requests(plan.run_folder, 0) as requests:
         trainer = ClmTrainer(plan, stage, model, args)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,20 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from clm.dataset import IGNORE, collate, collate_as_stock
+from clm.meter import make_meter
 from clm.muon import make_optimizer
 from data_prep.paths import cache_dir
 
 if TYPE_CHECKING:
     from clm.plan import Plan
+    from clm.timeline import Stage
 
 
 class FastSteps(Trainer):
-    """Trainer with the fast steps of a plan; a mix-in below ClmTrainer, which sets `plan` first."""
+    """Trainer with the fast steps of a plan; a mix-in below ClmTrainer, which sets `plan` and `stage` first."""
 
     plan: Plan
+    stage: Stage
 
     def __init__(self, **kwargs: Any):
         args, speed = kwargs["args"], self.plan.speed
@@ -44,6 +48,8 @@ class FastSteps(Trainer):
             # torch's default lies in /tmp, which a reboot empties and a cluster does not share
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
         super().__init__(**kwargs)
+        self.meter = make_meter(self.plan, self.stage, self.model, args)
+        self.add_callback(self.meter)
         if speed.is_fast:
             self.quiet = QuietCollector()
             self.add_callback(self.quiet)
@@ -59,7 +65,17 @@ class FastSteps(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Stock (trainer.py, get_batch_samples) counts targets where a batch has `labels`; ours needs none of them."""
+        """Stock (trainer.py, get_batch_samples) counts targets where a batch has `labels`; ours needs none of them. The
+        meter notes how long the loader was waited for."""
+        began_at = time.perf_counter()
+        try:
+            return self._take_batches(epoch_iterator, num_batches, device)
+        finally:
+            self.meter.wait_s += time.perf_counter() - began_at
+
+    def _take_batches(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         if self.plan.speed.loss is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]

@@ -204,17 +204,20 @@ def build_model(
     seed: int,
     rope: dict[str, Any] | None = None,
     loss: str | None = None,
+    is_fast: bool = False,
 ) -> PreTrainedModel:
     """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3).
 
     Args:
         rope: the stage's.
         loss: how the loss-only forward computes (clm/loss_only.py); None leaves the model its own.
+        is_fast: experts follow autocast (clm/mixed_precision.py).
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     from clm.loss_only import install
+    from clm.mixed_precision import cast_residual_stream, use_autocast_experts
 
     register_mask_free()
 
@@ -236,6 +239,10 @@ def build_model(
     if generation is not None:
         generation.bos_token_id, generation.pad_token_id = config.bos_token_id, config.pad_token_id
         generation.eos_token_id = config.eos_token_id
+    if section.residual_dtype == "bf16":
+        cast_residual_stream(model)
+    if is_fast:
+        use_autocast_experts(model)
     if loss is not None:
         install(model, loss)
     return model

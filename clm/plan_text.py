@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clm.arguments import DEFAULTS
 from data_prep.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ def describe_plan(plan: Plan) -> str:
 def _speed(plan: Plan) -> list[str]:
     speed = plan.speed
     loss = f"{speed.loss}, without logits" if speed.loss else "of the model's own forward"
+    muon = plan.recipe.run.muon
+    optimizer = plan.training.get("optim", DEFAULTS["optim"])
+    if plan.recipe.run.optimizer == "muon":
+        optimizer = f"muon at {muon.learning_rate:g} for hidden matrices, {optimizer} for the rest"
     return [
+        f"optimizer    {optimizer}",
         f"loss         {loss}: {speed.loss_reason}",
         f"compiled     {'yes' if speed.compiled else 'no'}: {speed.compiled_reason}",
     ]

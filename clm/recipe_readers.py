@@ -18,6 +18,7 @@ from clm.problems import (
     read_count,
     read_not_negative,
     read_optional_count,
+    read_optional_number,
     read_positive_number,
     read_text,
     refuse_unknown,
@@ -53,6 +54,7 @@ def read_model(raw: dict, problems: Problems) -> ModelSection:
         init=read_text(raw, "model.init", "random", problems),
         attention=read_choice(raw, "model.attention", "auto", ATTENTION_CHOICES, problems),
         scaled_init=read_boolean(raw, "model.scaled_init", False, problems),
+        residual_dtype=read_choice(raw, "model.residual_dtype", "fp32", ("fp32", "bf16"), problems),
         rope=_read_mapping(raw, "model.rope", problems),
     )
     if section.init == "random" and not section.config:
@@ -124,6 +126,7 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
         schedule_tokens=read_optional_count(raw, "run.schedule_tokens", problems),
         warmup_tokens=read_optional_count(raw, "run.warmup_tokens", problems),
         decay_tokens=read_optional_count(raw, "run.decay_tokens", problems),
+        peak_tflops=read_optional_number(raw, "run.peak_tflops", problems),
         save_in_background=read_boolean(raw, "run.save_in_background", True, problems),
         preflight=read_boolean(raw, "run.preflight", True, problems),
         full_disk=read_choice(raw, "run.full_disk", "continue", FULL_DISK_CHOICES, problems),

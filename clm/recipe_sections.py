@@ -96,6 +96,7 @@ class ModelSection:
     init: str = "random"
     attention: str = "auto"
     scaled_init: bool = False
+    residual_dtype: str = "fp32"
     rope: dict[str, Any] = field(default_factory=dict)
 
 
@@ -149,6 +150,7 @@ class RunSection:
     schedule_tokens: int | None = None
     warmup_tokens: int | None = None
     decay_tokens: int | None = None
+    peak_tflops: float | None = None
     save_in_background: bool = True
     preflight: bool = True
     full_disk: str = "continue"

@@ -30,6 +30,7 @@ FREE_KEYS = {
     "model.attention",
     "run.speed",
     "run.loss",
+    "run.peak_tflops",
     "data.validation",
     "data.max_epochs",
     "data.tokenizer",  # what prep uses; the prepared data is compared by its fingerprint

@@ -58,6 +58,10 @@ def choose_speed(
     """
     is_fast = recipe.run.speed == "fast"
     _check_optimizer(recipe, training)
+    if recipe.model.residual_dtype == "bf16" and precision != "bf16":
+        recipe.problems.add(
+            "model.residual_dtype", f"is bf16 but the precision is {precision}. Set training.bf16: true, or remove it."
+        )
     compiled, why_compiled = _choose_compile(training, is_fast, has_gpu)
     loss, why_loss = _choose_loss(recipe, training, config, is_fast, compiled)
     why_masked = needs_mask(config, block_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -137,12 +139,33 @@ def test_no_step_between_two_log_points_reads_a_value(train, recipe):
     assert every_step.num_reads > counts[5].num_reads, "the counter counts"
 
 
-def test_the_collector_of_garbage_is_given_back(train):
-    import gc
-
+def test_the_collector_of_garbage_is_given_back_and_the_meter_has_measured(train):
     frozen = gc.get_freeze_count()
-    train(*FEW)
+    run = train(*FEW, "run.peak_tflops=0.001")  # a peak of 10^9 FLOP/s
     assert gc.isenabled() and gc.get_freeze_count() == frozen
+    for record in read_metrics(run)[:6]:
+        # N = 2 (2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 64) + 384 x 32, 2 layers, width 32, T = 32
+        assert record["mfu"] == pytest.approx(record["tokens_per_s"] * (6 * 30_720 + 12 * 2 * 32 * 32) / 1e9)
+        assert 0 < record["step_p50_s"] <= record["step_p95_s"] and 0 <= record["input_wait_fraction"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, recipe):
+    short = (quiet_config(recipe), "data.tokens=5120", "training.eval_steps=4")
+    plain = train(*short, name="plain")
+    run = train(*short, "training.torch_compile=true", name="compiled")
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    evaluated = [[r["eval_loss"] for r in read_metrics(each) if "eval_loss" in r] for each in (run, plain)]
+    assert len(evaluated[0]) == 4 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+    assert weights_of(run).keys() == weights_of(plain).keys(), "no _orig_mod."
+    before = losses(run)
+    (run / "final").rename(run / "gone")
+    (run / "checkpoint-10").rename(run / "gone-10")
+    train(*short, "training.torch_compile=true", name="compiled")
+    assert losses(run) == before
+    # graphs of training and of evaluation, and no third: no shape was made symbolic, nothing was compiled anew
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "2 in each of the two starts"
 
 
 def test_what_the_plan_says(plan_lines):
