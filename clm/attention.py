@@ -86,7 +86,7 @@ def _choose_sdpa(wanted: str, is_gpu_bf16: bool, has_document_mask: bool, why_ma
         return "sdpa", f"{by}: PyTorch's kernels with a mask that keeps documents apart"
     if why_masked is not None:
         return "sdpa", f"{by}: PyTorch's kernels with transformers' mask, since {why_masked}"
-    return MASK_FREE, f"{by}: rows are full and causal, so PyTorch may take its fastest kernel, which knows no mask"
+    return MASK_FREE, f"{by}: rows are plainly causal, so PyTorch may take its fastest kernel, which knows no mask"
 
 
 def _is_installed(name: str) -> bool:

@@ -45,8 +45,9 @@ from clm.push import push_checkpoint
 from clm.retention import apply_retention
 from clm.run_folder import PREFIX
 from clm.run_record import RECORD, write_record
-from clm.snapshot import Buffers, available_memory, copy_to_host, num_bytes_to_copy
+from clm.snapshot import Buffers, copy_to_host, num_bytes_to_copy
 from data_prep.errors import UserError
+from data_prep.memory import available_memory
 from data_prep.sizes import format_bytes
 
 if TYPE_CHECKING:

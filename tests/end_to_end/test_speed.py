@@ -171,7 +171,7 @@ def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, re
 def test_what_the_plan_says(plan_lines):
     assert "loss         chunked, without logits: not compiled, so it is faster and smaller" in plan_lines()
     assert "loss         of the model's own forward: run.speed is stock" in plan_lines("run.speed=stock")
-    assert "attention    sdpa_causal: auto: rows are full" in plan_lines()
+    assert "attention    sdpa_causal: auto: rows are plainly causal" in plan_lines()
     assert "compiled     no: on a CPU" in plan_lines()
     assert "loss         whole, without logits: torch.compile fuses it" in plan_lines("training.torch_compile=true")
 
