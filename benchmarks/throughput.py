@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --cpu                     the CPU's bars: a 20 M model, a few minutes
     python benchmarks/throughput.py --cpu --variants ours bare --repeats 10
+    python benchmarks/throughput.py --cpu --recipes --steps 10           each recipe's architecture, tiny, beside stock
     python benchmarks/throughput.py --models llama_170m:512 llama_170m:2048       one GPU
 
 In: variants (benchmarks/variants.py) and models. Out: one JSON object per line on stdout for each repetition, a table
@@ -20,11 +21,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it is started as a file, too
 
 from benchmarks.interleave import start
 from benchmarks.training_data import dataset_of
 from benchmarks.variants import Settings
+from data_prep.paths import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 # Printed name -> the name in benchmarks/variants.py.
@@ -45,11 +49,37 @@ GPU_MODELS = ("llama_170m:512", "llama_170m:2048", "llama_437m:1024", "llama_437
 TOKENS_PER_MICRO_BATCH = {True: 1024, False: 65_536}
 
 
+TINY = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+
+
+def tiny_models() -> list[str]:
+    """Each recipe's architecture, small, with its block size up to 512, where the loop weighs most."""
+    folder = cache_dir() / "benchmarks" / "tiny"
+    folder.mkdir(parents=True, exist_ok=True)
+    models = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        named = ROOT / recipe["model"].get("config", "model_configs/llama_demo.json")  # a base model: a Llama
+        (folder / f"{path.stem}.json").write_text(json.dumps({**json.loads(named.read_text()), **TINY}))
+        models.append(f"{folder / path.stem}.json:{min(512, recipe['data']['block_size'])}")
+    return models
+
+
 def measure(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All repetitions of one model, in the order in which they ran."""
-    name, _, length = model.partition(":")
-    config = str(ROOT / "model_configs" / f"{name}.json")
-    block_size, vocab_size = int(length), json.loads(Path(config).read_text())["vocab_size"]
+    named, _, length = model.rpartition(":")
+    config = named if named.endswith(".json") else str(ROOT / "model_configs" / f"{named}.json")
+    name, block_size = Path(config).stem, int(length)
+    vocab_size = json.loads(Path(config).read_text())["vocab_size"]
     rows = max(1, (arguments.tokens or TOKENS_PER_MICRO_BATCH[arguments.cpu]) // block_size)
     settings = {
         shown: Settings(
@@ -118,6 +148,7 @@ def ratio(runs: list[dict[str, Any]], others: list[dict[str, Any]], key: str) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="fp32 on the CPU, the 20 M model")
+    parser.add_argument("--recipes", action="store_true", help="each recipe's architecture, tiny, beside stock")
     parser.add_argument("--models", nargs="+", metavar="CONFIG:T", help="of model_configs/, with the block size")
     parser.add_argument("--variants", nargs="+", choices=list(NAMES))
     parser.add_argument("--tokens", type=int, help="of a micro-batch (1,024 on a CPU, 65,536 on a GPU)")
@@ -128,6 +159,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.models = arguments.models or (CPU_MODELS if arguments.cpu else GPU_MODELS)
     arguments.variants = arguments.variants or (CPU_VARIANTS if arguments.cpu else GPU_VARIANTS)
+    if arguments.recipes:
+        arguments.models, arguments.variants = tiny_models(), ("ours_eager", "stock")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if arguments.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -2,7 +2,7 @@
 
 In: `model.attention`, the model's config, the machine. Out: a name for transformers, one sentence, or a UserError.
 
-transformers builds a dense (B, 1, T, T) mask where a model is compiled, although rows are full and plainly causal
+transformers builds a dense (B, 1, T, T) mask where a model is compiled, although rows are plainly causal
 (transformers/masking_utils.py, _ignore_causal_mask_sdpa): PyTorch then cannot take its Flash or cuDNN kernel and
 computes the full square. Where it is not compiled, finding out that there is no mask waits for the GPU in every forward
 (find_packed_sequence_indices). An attention that is registered under a name without a mask function gets none:

@@ -151,20 +151,21 @@ def _read_samples(raw: dict, problems: Problems) -> SampleSettings:
 def _read_muon(raw: dict, problems: Problems) -> MuonSettings:
     settings = _read_mapping(raw, "run.muon", problems)
     refuse_unknown("run.muon", settings, _keys(MuonSettings), problems)
-    if settings and raw.get("optimizer") != "muon":
-        problems.add("run.muon", "is set but run.optimizer is not muon. Set run.optimizer: muon, or remove it.")
     momentum = read_positive_number(settings, "run.muon.momentum", 0.95, problems)
     if momentum >= 1:
         problems.add("run.muon.momentum", f"is {momentum} but must be below 1.")
     decay = settings.get("weight_decay")
     if decay is not None and decay != 0:  # 0 switches it off, which "a number above 0" would refuse
         decay = read_positive_number(settings, "run.muon.weight_decay", 0.1, problems)
-    return MuonSettings(
+    muon = MuonSettings(
         learning_rate=read_positive_number(settings, "run.muon.learning_rate", 0.02, problems),
         momentum=momentum,
         weight_decay=decay,
         adjust=read_choice(settings, "run.muon.adjust", "original", ADJUSTMENTS, problems),
     )
+    if muon != MuonSettings() and raw.get("optimizer") != "muon":  # a run's record has the defaults written out
+        problems.add("run.muon", "is set but run.optimizer is not muon. Set run.optimizer: muon, or remove it.")
+    return muon
 
 
 def _read_retention(raw: dict, problems: Problems) -> Retention:

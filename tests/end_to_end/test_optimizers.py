@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from clm.recipe import load_recipe
 from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config
@@ -79,3 +80,6 @@ def test_the_card_and_the_record_name_muon(train):
     run = train(*MUON, "data.tokens=1024", "data.validation=[]")
     assert "Muon" in (run / "final" / "README.md").read_text()
     assert "optimizer: muon" in (run / "recipe.yaml").read_text()
+    assert load_recipe(run / "recipe.yaml").problems.messages == [], "a run's record is a recipe"
+    plain = train("data.tokens=1024", "data.validation=[]", name="plain")
+    assert load_recipe(plain / "recipe.yaml").problems.messages == []
