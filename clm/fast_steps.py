@@ -37,9 +37,8 @@ class FastSteps(Trainer):
 
     def __init__(self, **kwargs: Any):
         args, speed = kwargs["args"], self.plan.speed
-        self._cross_entropy: torch.Tensor | None = (
-            None  # of the micro-batch in the making, where a router loss is added
-        )
+        # of the present micro-batch of a mixture of experts: cross entropy and router loss
+        self._apart: tuple[torch.Tensor, torch.Tensor] | None = None
         self._router_losses: list[torch.Tensor] = []  # of the micro-batches since the last log point
         if args.torch_compile and speed.is_fast:
             # One graph for each shape: with Trainer's default the second shape, which evaluation or a stage brings,
@@ -97,14 +96,15 @@ class FastSteps(Trainer):
         else:
             if not model.training:
                 model.train()
-                if callable(getattr(self.optimizer, "train", None)):  # schedule-free
-                    self.optimizer.train()
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self.accelerator.backward(loss)
             loss = loss.detach()
-        cross_entropy, self._cross_entropy = self._cross_entropy, None
-        return loss if cross_entropy is None else cross_entropy
+        if self._apart is None:
+            return loss
+        cross_entropy, router_loss = self._apart
+        self._router_losses.append(router_loss)
+        return cross_entropy
 
     @property
     def _needs_stock_step(self) -> bool:
@@ -132,8 +132,7 @@ class FastSteps(Trainer):
             loss = loss * self.args.world_size  # DDP takes the mean over processes
         router_loss = getattr(outputs, "aux_loss", None)
         if router_loss is not None:
-            self._cross_entropy = loss.detach()
-            self._router_losses.append(router_loss.detach())
+            self._apart = loss.detach(), router_loss.detach()
             steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
             loss = loss + self.model.config.router_aux_loss_coef * router_loss / steps
         return (loss, outputs) if return_outputs else loss

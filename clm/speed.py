@@ -6,6 +6,7 @@ In: the recipe, the checked training section, the model's config, the machine. O
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,8 @@ def _choose_compile(training: dict[str, Any], is_fast: bool, has_gpu: bool) -> t
         return False, "Trainer's default"
     if not has_gpu:
         return False, "on a CPU compiling takes longer than a short run; training.torch_compile: true for a long one"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")):
+        return False, "torch.compile needs a C compiler, and there is none"
     if is_engine_used(training):
         return False, "weights are sharded; training.torch_compile: true compiles all the same"
     return True, "there is a GPU; training.torch_compile: false switches it off"

@@ -81,7 +81,9 @@ def write_copies(whole: Plan, folder: Path, num_steps: int, num_processes: int) 
         config.write_text(json.dumps(_tiny_config(whole, 0.1 if dropout else 0.0), indent=1), encoding="utf-8")
         copies[dropout] = config.with_suffix(".yaml")
         document = _shrink(whole, num_steps, 2 * num_processes)
-        document["model"] |= {"config": str(config), "init": "random", "attention": "auto"}
+        document["model"] |= {"config": str(config), "init": "random", "attention": "auto", "residual_dtype": "fp32"}
+        if not dropout:  # for layouts, whose sums differ in the last bits: Muon's bf16 would make more of them
+            document["run"] |= {"optimizer": "trainer", "muon": {}}
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
         copies[dropout].write_text(text, encoding="utf-8")
     return copies
