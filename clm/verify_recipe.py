@@ -62,7 +62,7 @@ def plan_whole(recipe: Recipe) -> Plan:
         if name not in _OF_THE_MACHINE and not name.startswith(_PREFIXES)
     }
     recipe.training["use_cpu"] = True
-    recipe.model = dataclasses.replace(recipe.model, attention="auto")
+    recipe.model = dataclasses.replace(recipe.model, attention="auto", residual_dtype="fp32")
     return make_plan(recipe, num_processes=1)
 
 
