@@ -54,7 +54,7 @@ def mixtral(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        ("run.record_blocks=true",),
         ("training.per_device_train_batch_size=2",),
         ("data.document_mask=true",),
         ("run.loss=whole", "training.per_device_train_batch_size=4"),
@@ -66,6 +66,8 @@ def test_fast_and_stock_train_the_same(train, overrides, monkeypatch):
     monkeypatch.setattr("clm.loss_only.CHUNK_ROWS", 96)  # several chunks, the last one smaller
     fast = train(*FEW, *overrides, name="fast")
     stock = train(*FEW, *(o for o in overrides if "run.loss" not in o), "run.speed=stock", name="stock")
+    if "run.record_blocks=true" in overrides:
+        assert (fast / "blocks-0.jsonl").read_text() == (stock / "blocks-0.jsonl").read_text(), "the same samples"
     if "training.bf16=true" in overrides:  # sums of other roundings
         assert_same_training(fast, stock, of_loss=1e-3, of_weights=0.05)
     else:
