@@ -149,7 +149,16 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     # b. The stage's batch, and the model with its first weights; those of a checkpoint replace them.
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
-    model = build_model(plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
+    model = build_model(
+        plan.recipe.model,
+        plan.config,
+        plan.tokenizer,
+        plan.attention,
+        plan.seed,
+        dict(stage.rope),
+        plan.speed.loss,
+        plan.speed.is_fast,
+    )
 
     # c. The HF Trainer.
     trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))

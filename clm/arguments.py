@@ -141,8 +141,34 @@ def check_training(recipe: Recipe) -> dict[str, Any]:
         )
     _check_run_name(recipe, problems)
     _check_optimizer_package(checked, problems)
+    _count_schedule_in_tokens(recipe, checked)
     _check_schedule(checked, problems)
     return checked
+
+
+def _count_schedule_in_tokens(recipe: Recipe, checked: dict[str, Any]) -> None:
+    """run.warmup_tokens and run.decay_tokens as steps of data.tokens_per_step, in which all schedules count."""
+    run, problems = recipe.run, recipe.problems
+    tokens_per_step = max(1, recipe.data.tokens_per_step)
+    if run.warmup_tokens is not None:
+        if "warmup_steps" in recipe.training:
+            problems.add("run.warmup_tokens", "is set together with training.warmup_steps. Remove one of them.")
+        checked["warmup_steps"] = math.ceil(run.warmup_tokens / tokens_per_step)
+    if run.decay_tokens is not None:
+        kwargs = checked.get("lr_scheduler_kwargs") or {}
+        if checked.get("lr_scheduler_type") != "warmup_stable_decay":
+            problems.add(
+                "run.decay_tokens",
+                "is set but only training.lr_scheduler_type: warmup_stable_decay has a decay of its own. Remove it.",
+            )
+        elif isinstance(kwargs, dict):
+            if "num_decay_steps" in kwargs:
+                problems.add(
+                    "run.decay_tokens",
+                    "is set together with training.lr_scheduler_kwargs.num_decay_steps. Remove one of them.",
+                )
+            steps = math.ceil(run.decay_tokens / tokens_per_step)
+            checked["lr_scheduler_kwargs"] = {**kwargs, "num_decay_steps": steps}
 
 
 def _check_run_name(recipe: Recipe, problems: Problems) -> None:
@@ -157,6 +183,12 @@ def _check_optimizer_package(checked: dict[str, Any], problems: Problems) -> Non
     from importlib.util import find_spec
 
     optim = str(checked.get("optim", ""))
+    if optim.startswith("schedule_free"):
+        problems.add(
+            "training.optim",
+            f"is {optim}, whose weights for evaluation and saving are others than those that train, which checkpoints "
+            "and evaluation here do not know. Use adamw_torch_fused, with a schedule.",
+        )
     needs = "bitsandbytes" if "bnb" in optim or optim.startswith("paged_") or optim.endswith("_8bit") else None
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
         needs = "torchao"

@@ -220,6 +220,7 @@ def _training_table(recipe: dict, metrics: list[dict]) -> str:
     betas = (training.get("adam_beta1"), training.get("adam_beta2"))
     schedule = [training.get("lr_scheduler_type"), training.get("lr_scheduler_kwargs") or None]
     commit = resolved.get("git_commit")
+    uses_muon = (recipe.get("run") or {}).get("optimizer") == "muon"
     return _table(
         ("", ""),
         [
@@ -230,7 +231,7 @@ def _training_table(recipe: dict, metrics: list[dict]) -> str:
             ),
             ("Tokens per step", _of_stages(resolved, "tokens_per_step")),
             ("Block size", _of_stages(resolved, "block_size") or data.get("block_size")),
-            ("Optimizer", training.get("optim")),
+            ("Optimizer", f"Muon and {training.get('optim')}" if uses_muon else training.get("optim")),
             ("Peak learning rate", training.get("learning_rate")),
             ("Schedule", ", ".join(str(part) for part in schedule if part) or None),
             ("Warm-up", training.get("warmup_steps")),

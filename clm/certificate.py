@@ -130,7 +130,8 @@ def write_certificate(
         "order_version": ORDER_VERSION,
         "datasets": whole.fingerprints,
         "order_sha256": order_sha256(whole),
-        "optimizer": str(copy.training.get("optim", "adamw_torch_fused")),
+        "optimizer": ("muon + " if copy.recipe.run.optimizer == "muon" else "")
+        + str(copy.training.get("optim", "adamw_torch_fused")),
         "schedule": str(copy.training.get("lr_scheduler_type", "linear")),
         "stages": [
             {

@@ -35,21 +35,21 @@ _LOOK_UP = 4096  # samples whose blocks are found at once
 IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
-def as_batch(inputs: np.ndarray, targets: np.ndarray, mask: DocumentMask | None = None) -> dict[str, Any]:
+def as_batch(
+    inputs: np.ndarray, targets: np.ndarray, mask: DocumentMask | None = None, with_labels: bool = True
+) -> dict[str, Any]:
     """One micro-batch for a causal language model, from (B, T) inputs and targets.
 
     `labels` is the input itself: transformers computes a loss only when it is given, and uses `shift_labels` as they
     are (transformers/loss/loss_utils.py, ForCausalLMLoss), so nothing is shifted twice. Trainer, too, counts the
-    targets of a batch in `shift_labels`.
+    targets of a batch in `shift_labels`. The loss-only forward (clm/loss_only.py) needs no labels.
     """
     input_ids = torch.from_numpy(np.ascontiguousarray(inputs))
     if mask is not None:
         targets = mask.targets(inputs, targets)
-    batch = {
-        "input_ids": input_ids,
-        "labels": input_ids,
-        "shift_labels": torch.from_numpy(np.ascontiguousarray(targets)),
-    }
+    batch = {"input_ids": input_ids, "shift_labels": torch.from_numpy(np.ascontiguousarray(targets))}
+    if with_labels:
+        batch["labels"] = input_ids
     return batch if mask is None else batch | mask.model_inputs(inputs)
 
 
@@ -131,12 +131,29 @@ class TrainBlocks(torch.utils.data.Dataset):
 
 
 def collate(
-    rows: tuple[np.ndarray, np.ndarray, list[int]], mask: DocumentMask | None = None, with_samples: bool = False
+    rows: tuple[np.ndarray, np.ndarray, list[int]],
+    mask: DocumentMask | None = None,
+    with_samples: bool = False,
+    with_labels: bool = True,
 ) -> dict[str, Any]:
     """What the DataLoader calls on a micro-batch of TrainBlocks; `with_samples` adds the sample numbers."""
     inputs, targets, samples = rows
-    batch = as_batch(inputs, targets, mask)
+    batch = as_batch(inputs, targets, mask, with_labels)
     return batch | {"samples": torch.tensor(samples)} if with_samples else batch
+
+
+def collate_as_stock(
+    rows: tuple[np.ndarray, np.ndarray, list[int]], mask: DocumentMask | None = None, with_samples: bool = False
+) -> dict[str, Any]:
+    """The same micro-batch by transformers' default_data_collator, from one mapping per row (`run.speed: stock`)."""
+    from transformers import default_data_collator
+
+    inputs, targets, samples = rows
+    batch = as_batch(inputs, targets, mask)
+    if with_samples:
+        batch["samples"] = torch.tensor(samples).repeat_interleave(len(inputs) // len(samples))
+    features = [{name: values[i].tolist() for name, values in batch.items()} for i in range(len(inputs))]
+    return default_data_collator(features)
 
 
 class OrderSampler(torch.utils.data.Sampler[int]):

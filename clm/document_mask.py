@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from clm.dataset import IGNORE, as_batch
+from clm.loss_only import is_installed
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ def check_no_leak(
         return  # no room for two documents
     called = model if wrapped is None else wrapped
     with _undisturbed(called, device):
-        finding = _measure_leak(called, mask, shape, vocab_size, device)
+        # the loss-only forward keeps its logits to itself unless it is asked for them
+        more = {"return_logits": True} if is_installed(model) else {}
+        finding = _measure_leak(called, mask, shape, vocab_size, device, more)
         if finding is None:
             return
         names = ("sdpa", "eager", "flex_attention") if device.type == "cuda" else ("sdpa", "eager")
@@ -153,9 +156,14 @@ def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]
 
 
 def _measure_leak(
-    forward: Callable[..., Any], mask: DocumentMask, shape: tuple[int, int], vocab_size: int, device: torch.device
+    forward: Callable[..., Any],
+    mask: DocumentMask,
+    shape: tuple[int, int],
+    vocab_size: int,
+    device: torch.device,
+    more: Batch,
 ) -> str | None:
-    """What is wrong, in words, or None.
+    """What is wrong, in words, or None; `more` is for the forward.
 
     The border lies elsewhere in each row, so that a mask made of one row's documents does not fit the others.
     """
@@ -172,7 +180,8 @@ def _measure_leak(
 
     def logits_of_b(tokens: np.ndarray, where: torch.Tensor) -> torch.Tensor:
         batch = as_batch(tokens, np.roll(tokens, -1, axis=1), mask)
-        logits = forward(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items()}).logits
+        batch = {n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items()}
+        logits = forward(**batch, **more).logits
         return logits[torch.arange(num_rows)[:, None].to(device), where.to(device)].clone()
 
     def end_with_eos(tokens: np.ndarray) -> np.ndarray:
@@ -213,7 +222,8 @@ def _works(
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(attention)
-        return _measure_leak(model, replace(mask, attention=attention), shape, vocab_size, device) is None
+        more = {"return_logits": True} if is_installed(model) else {}
+        return _measure_leak(model, replace(mask, attention=attention), shape, vocab_size, device, more) is None
     except Exception:  # not installed, not for this device, not for this architecture: none of them a remedy
         return False
     finally:

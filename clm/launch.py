@@ -69,6 +69,7 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
         "gradient_accumulation_steps": plan.accumulation(stage),
         "bf16": plan.precision == "bf16",
         "fp16": plan.precision == "fp16",
+        "torch_compile": plan.speed.compiled,
         "lr_scheduler_kwargs": scheduler_kwargs(plan.training, plan.num_steps),
         "ignore_data_skip": True,  # the sampler starts at the right sample by itself
         "remove_unused_columns": False,

@@ -146,6 +146,8 @@ class Progress(TrainerCallback):
         """Show one training log point."""
         rate = record.get("tokens_per_s")
         speed = f"{rate:,.0f} tok/s" if rate else ""
+        if "mfu" in record:
+            speed += f", MFU {record['mfu']:.1%}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {record['learning_rate']:.2e}, {speed}")
         elif self.show:

@@ -18,6 +18,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clm.attention import register_mask_free
 from clm.order import derive_key
 from clm.problems import Problems
 from clm.recipe_sections import ModelSection, SampleSettings
@@ -150,40 +151,6 @@ def _check_checkpoint_tokenizer(init: str, tokenizer: Any, dataset: str, problem
             )
 
 
-def choose_attention(wanted: str, bf16: bool, has_gpu: bool) -> tuple[str, str]:
-    """The attention implementation and one sentence that says why.
-
-    Raises:
-        UserError: FlashAttention without bf16, without a GPU, or not installed; FlexAttention without a GPU.
-    """
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    if wanted == "auto":
-        if has_gpu and bf16 and is_flash_attn_2_available():
-            return "flash_attention_2", "auto: flash-attn is installed and the run is bf16"
-        return "sdpa", "auto: PyTorch's own kernels need no extra package"
-    if wanted == "flex_attention" and not has_gpu:
-        raise UserError(
-            "model.attention is flex_attention but there is no CUDA GPU, and on a CPU PyTorch has no backward for it. "
-            "Set model.attention: sdpa."
-        )
-    if wanted in installed:
-        if not has_gpu:
-            raise UserError(f"model.attention is {wanted} but there is no CUDA GPU. Set model.attention: sdpa.")
-        if not bf16:
-            raise UserError(
-                f"model.attention is {wanted} but the run is fp32, which its kernels do not have. "
-                "Set training.bf16: true, or model.attention: sdpa."
-            )
-        if not installed[wanted]():
-            raise UserError(
-                f"model.attention is {wanted} but its package is not installed. Run pip install -e '.[flash]', or set "
-                "model.attention: sdpa."
-            )
-    return wanted, "as the recipe says"
-
-
 def with_rope(config: PretrainedConfig, rope: dict[str, Any], key: str) -> PretrainedConfig:
     """A copy of the config with other RoPE settings; `rope` may also raise max_position_embeddings.
 
@@ -236,10 +203,23 @@ def build_model(
     attention: str,
     seed: int,
     rope: dict[str, Any] | None = None,
+    loss: str | None = None,
+    is_fast: bool = False,
 ) -> PreTrainedModel:
-    """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3); `rope` is the stage's."""
+    """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3).
+
+    Args:
+        rope: the stage's.
+        loss: how the loss-only forward computes (clm/loss_only.py); None leaves the model its own.
+        is_fast: experts follow autocast (clm/mixed_precision.py).
+    """
     import torch
     from transformers import AutoModelForCausalLM
+
+    from clm.loss_only import install
+    from clm.mixed_precision import cast_residual_stream, use_autocast_experts
+
+    register_mask_free()
 
     config = with_rope(config, {**section.rope, **(rope or {})}, "model.rope")
     set_special_ids(config, tokenizer)
@@ -259,6 +239,12 @@ def build_model(
     if generation is not None:
         generation.bos_token_id, generation.pad_token_id = config.bos_token_id, config.pad_token_id
         generation.eos_token_id = config.eos_token_id
+    if section.residual_dtype == "bf16":
+        cast_residual_stream(model)
+    if is_fast:
+        use_autocast_experts(model)
+    if loss is not None:
+        install(model, loss)
     return model
 
 

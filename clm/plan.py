@@ -17,11 +17,12 @@ from clm.dataset import ValidationRows
 from clm.document_mask import DocumentMask
 from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_tokenizer, open_mixture, open_validation
 from clm.layout import lay_out, make_order, make_timeline
-from clm.model import check_model, check_samples, choose_attention, count_parameters, with_rope
+from clm.model import check_model, check_samples, count_parameters, with_rope
 from clm.order import Order
 from clm.recipe import Recipe
 from clm.run_folder import list_checkpoints
 from clm.schedule import learning_rate_factor
+from clm.speed import Speed, choose_speed
 from clm.spikes import check_policy
 from clm.timeline import Ranges, Stage, Timeline
 from data_prep.blocks import Blocks
@@ -54,8 +55,7 @@ class Plan:
     num_processes: int
     precision: str  # fp32, bf16 or fp16
     precision_reason: str
-    attention: str
-    attention_reason: str
+    speed: Speed
     unchecked: list[str]
 
     @property
@@ -82,6 +82,11 @@ class Plan:
     def accumulation(self, stage: Stage) -> int:
         """Micro-batches of one device between two optimizer steps of a stage."""
         return stage.samples_per_step // (self.samples_per_micro_batch * self.num_processes)
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation, by the name that transformers knows."""
+        return self.speed.attention
 
     @property
     def document_mask(self) -> DocumentMask | None:
@@ -150,11 +155,8 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         _check_stages(recipe, training, stages, splits, num_processes)
     precision, why_precision = _choose_precision(training, problems)
     check_policy(recipe, training, precision)
-    attention, why_attention = "sdpa", ""
-    try:
-        attention, why_attention = choose_attention(recipe.model.attention, precision == "bf16", _has_gpu(training))
-    except UserError as error:
-        problems.messages.append(str(error))
+    block_size = max([item.block_size or data.block_size for item in data.all_stages])
+    speed = choose_speed(recipe, training, config, block_size, precision, _has_gpu(training))
     problems.raise_if_any()
     timeline = make_timeline(stages)
     plan = Plan(
@@ -170,8 +172,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         num_processes=num_processes,
         precision=precision,
         precision_reason=why_precision,
-        attention=attention,
-        attention_reason=why_attention,
+        speed=speed,
         unchecked=unchecked,
     )
     _check_passes(plan)

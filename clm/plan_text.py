@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from clm.arguments import DEFAULTS
 from data_prep.blocks import Blocks
 from data_prep.sizes import format_bytes, format_count
 
@@ -31,7 +32,8 @@ def describe_plan(plan: Plan) -> str:
         else f"model        {plan.config.model_type}, {plan.num_parameters:,} parameters "
         f"({plan.num_parameters / 1e6:.2f} x 10^6, {plan.num_parameters / 2**20:.2f} x 2^20), {weights}",
         f"precision    {plan.precision}: {plan.precision_reason}",
-        f"attention    {plan.attention}: {plan.attention_reason}",
+        f"attention    {plan.attention}: {plan.speed.attention_reason}",
+        *_speed(plan),
     ]
     if data.document_mask:
         lines.append("documents    masked: no attention across them, positions restart, no target after an end")
@@ -59,6 +61,20 @@ def describe_plan(plan: Plan) -> str:
         lines.append(_disk(plan))
     lines += [f"not checked  {sentence}" for sentence in plan.unchecked]
     return "\n".join(lines)
+
+
+def _speed(plan: Plan) -> list[str]:
+    speed = plan.speed
+    loss = f"{speed.loss}, without logits" if speed.loss else "of the model's own forward"
+    muon = plan.recipe.run.muon
+    optimizer = plan.training.get("optim", DEFAULTS["optim"])
+    if plan.recipe.run.optimizer == "muon":
+        optimizer = f"muon at {muon.learning_rate:g} for hidden matrices, {optimizer} for the rest"
+    return [
+        f"optimizer    {optimizer}",
+        f"loss         {loss}: {speed.loss_reason}",
+        f"compiled     {'yes' if speed.compiled else 'no'}: {speed.compiled_reason}",
+    ]
 
 
 def _batch(plan: Plan, stage: Stage) -> str:

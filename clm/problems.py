@@ -121,6 +121,11 @@ def read_choice(raw: dict, key: str, default: str | None, choices: tuple[str, ..
     return value
 
 
+def read_optional_number(raw: dict, key: str, problems: Problems) -> float | None:
+    """As read_positive_number; None where the key is not set."""
+    return None if raw.get(key.rpartition(".")[2]) is None else read_positive_number(raw, key, 1.0, problems)
+
+
 def read_positive_number(raw: dict, key: str, default: float, problems: Problems) -> float:
     """A finite number above 0."""
     value = raw.get(key.rpartition(".")[2], default)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clm.attention import ATTENTION_CHOICES
 from clm.problems import (
     Problems,
     read_boolean,
@@ -17,6 +18,7 @@ from clm.problems import (
     read_count,
     read_not_negative,
     read_optional_count,
+    read_optional_number,
     read_positive_number,
     read_text,
     refuse_unknown,
@@ -25,6 +27,7 @@ from clm.recipe_sections import (
     DataSection,
     MixtureItem,
     ModelSection,
+    MuonSettings,
     Retention,
     RunSection,
     SampleSettings,
@@ -32,10 +35,12 @@ from clm.recipe_sections import (
     StageItem,
     ValidationItem,
 )
+from clm.speed import LOSSES, SPEEDS
 from clm.timeline import Schedule
 
-ATTENTION_CHOICES = ("auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager")
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
+OPTIMIZERS = ("trainer", "muon")
+ADJUSTMENTS = ("original", "match_rms_adamw")
 SPIKE_POLICIES = ("log", "report", "skip", "rollback")
 FULL_DISK_CHOICES = ("continue", "pause", "stop")
 AMOUNTS = ("weight", "tokens", "epochs")
@@ -49,6 +54,7 @@ def read_model(raw: dict, problems: Problems) -> ModelSection:
         init=read_text(raw, "model.init", "random", problems),
         attention=read_choice(raw, "model.attention", "auto", ATTENTION_CHOICES, problems),
         scaled_init=read_boolean(raw, "model.scaled_init", False, problems),
+        residual_dtype=read_choice(raw, "model.residual_dtype", "fp32", ("fp32", "bf16"), problems),
         rope=_read_mapping(raw, "model.rope", problems),
     )
     if section.init == "random" and not section.config:
@@ -113,7 +119,14 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
         samples=_read_samples(_read_mapping(raw, "run.samples", problems), problems),
         retention=_read_retention(_read_mapping(raw, "run.retention", problems), problems),
         spikes=_read_spikes(_read_mapping(raw, "run.spikes", problems), problems),
+        speed=read_choice(raw, "run.speed", "fast", SPEEDS, problems),
+        loss=read_choice(raw, "run.loss", "auto", LOSSES, problems),
+        optimizer=read_choice(raw, "run.optimizer", "trainer", OPTIMIZERS, problems),
+        muon=_read_muon(raw, problems),
         schedule_tokens=read_optional_count(raw, "run.schedule_tokens", problems),
+        warmup_tokens=read_optional_count(raw, "run.warmup_tokens", problems),
+        decay_tokens=read_optional_count(raw, "run.decay_tokens", problems),
+        peak_tflops=read_optional_number(raw, "run.peak_tflops", problems),
         save_in_background=read_boolean(raw, "run.save_in_background", True, problems),
         preflight=read_boolean(raw, "run.preflight", True, problems),
         full_disk=read_choice(raw, "run.full_disk", "continue", FULL_DISK_CHOICES, problems),
@@ -133,6 +146,26 @@ def _read_samples(raw: dict, problems: Problems) -> SampleSettings:
         temperature=read_positive_number(raw, "run.samples.temperature", 0.7, problems),
         top_k=read_count(raw, "run.samples.top_k", problems, 20),
     )
+
+
+def _read_muon(raw: dict, problems: Problems) -> MuonSettings:
+    settings = _read_mapping(raw, "run.muon", problems)
+    refuse_unknown("run.muon", settings, _keys(MuonSettings), problems)
+    momentum = read_positive_number(settings, "run.muon.momentum", 0.95, problems)
+    if momentum >= 1:
+        problems.add("run.muon.momentum", f"is {momentum} but must be below 1.")
+    decay = settings.get("weight_decay")
+    if decay is not None and decay != 0:  # 0 switches it off, which "a number above 0" would refuse
+        decay = read_positive_number(settings, "run.muon.weight_decay", 0.1, problems)
+    muon = MuonSettings(
+        learning_rate=read_positive_number(settings, "run.muon.learning_rate", 0.02, problems),
+        momentum=momentum,
+        weight_decay=decay,
+        adjust=read_choice(settings, "run.muon.adjust", "original", ADJUSTMENTS, problems),
+    )
+    if muon != MuonSettings() and raw.get("optimizer") != "muon":  # a run's record has the defaults written out
+        problems.add("run.muon", "is set but run.optimizer is not muon. Set run.optimizer: muon, or remove it.")
+    return muon
 
 
 def _read_retention(raw: dict, problems: Problems) -> Retention:

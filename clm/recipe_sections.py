@@ -78,6 +78,16 @@ class SpikeSettings:
     max_rollbacks: int = 3
 
 
+@dataclass(frozen=True)
+class MuonSettings:
+    """Muon's part of `optimizer: muon`; `weight_decay` None is training.weight_decay, `adjust` as in clm/muon.py."""
+
+    learning_rate: float = 0.02
+    momentum: float = 0.95
+    weight_decay: float | None = None
+    adjust: str = "original"
+
+
 @dataclass
 class ModelSection:
     """What is trained. `config`: architecture for `init: random`; `init`: random, or a folder or Hub id to continue."""
@@ -86,6 +96,7 @@ class ModelSection:
     init: str = "random"
     attention: str = "auto"
     scaled_init: bool = False
+    residual_dtype: str = "fp32"
     rope: dict[str, Any] = field(default_factory=dict)
 
 
@@ -132,7 +143,14 @@ class RunSection:
     samples: SampleSettings = field(default_factory=SampleSettings)
     retention: Retention = field(default_factory=Retention)
     spikes: SpikeSettings = field(default_factory=SpikeSettings)
+    speed: str = "fast"
+    loss: str = "auto"
+    optimizer: str = "trainer"
+    muon: MuonSettings = field(default_factory=MuonSettings)
     schedule_tokens: int | None = None
+    warmup_tokens: int | None = None
+    decay_tokens: int | None = None
+    peak_tflops: float | None = None
     save_in_background: bool = True
     preflight: bool = True
     full_disk: str = "continue"

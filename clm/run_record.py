@@ -28,6 +28,9 @@ RECORD = "recipe.yaml"
 # What may change between two starts of one run, because it changes neither the data, the weights nor the schedule.
 FREE_KEYS = {
     "model.attention",
+    "run.speed",
+    "run.loss",
+    "run.peak_tflops",
     "data.validation",
     "data.max_epochs",
     "data.tokenizer",  # what prep uses; the prepared data is compared by its fingerprint
@@ -191,6 +194,7 @@ def resolve(plan: Any) -> dict[str, Any]:
         "num_parameters": plan.num_parameters,
         "precision": plan.precision,
         "attention": plan.attention,
+        "speed": plan.speed.describe(),
         "device": _describe_device(plan),
         "versions": versions(),
         "git_commit": _git_commit(),

@@ -44,6 +44,8 @@ def check_policy(recipe: Recipe, training: dict[str, Any], precision: str) -> No
     optim = training.get("optim", DEFAULTS["optim"])
     if training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         why = f"DeepSpeed makes the update, which has no gate. Start without DeepSpeed, or choose another: {remedy}"
+    elif recipe.run.optimizer == "muon":
+        why = f"run.optimizer is muon, which has no gate on the device. Choose another: {remedy}"
     elif optim != "adamw_torch_fused":
         why = f"training.optim is {optim}, which has no gate on the device. Use adamw_torch_fused, or another: {remedy}"
     elif precision == "fp16":

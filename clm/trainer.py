@@ -1,23 +1,23 @@
 """The HF Trainer with this project's order, evaluation, checkpoints and meter. Each override says what it replaces.
 
-Everything else is stock: the training loop, the loss, mixed precision, DDP and DeepSpeed.
+Everything else is stock: the training loop, mixed precision, DDP and DeepSpeed; clm/fast_steps.py has what is faster.
 """
 
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from clm.block_record import BlockRecord
 from clm.checkpoint import SAVING
-from clm.dataset import OrderSampler, TrainBlocks, ValidationRows, collate
+from clm.dataset import OrderSampler, TrainBlocks, ValidationRows
 from clm.evaluate import Sums, evaluate_sets, sum_losses
+from clm.fast_steps import FastSteps, make_collator
 from clm.metrics import JsonLines, Progress, log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
@@ -30,7 +30,7 @@ from data_prep.errors import UserError
 from data_prep.token_bytes import token_byte_lengths
 
 
-class ClmTrainer(Trainer):
+class ClmTrainer(FastSteps):
     """Trainer for causal language models on prepared blocks.
 
     Args:
@@ -69,7 +69,7 @@ class ClmTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate, mask=plan.document_mask, with_samples=plan.recipe.run.record_blocks),
+            data_collator=make_collator(plan),
             train_dataset=train,
             eval_dataset=plan.validation or None,
             processing_class=plan.tokenizer,
@@ -249,6 +249,7 @@ class ClmTrainer(Trainer):
         if is_training_point:
             details = self.spikes.complete_logs(logs)
             logs["tokens_per_s"] = self.progress.take_tokens_per_s()
+            logs |= self.take_router_loss() | self.meter.take(logs["tokens_per_s"])
         logs["time_s"] = self.progress.seconds
         super().log(dict(logs), start_time)
         if self.is_world_process_zero():

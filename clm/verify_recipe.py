@@ -62,7 +62,7 @@ def plan_whole(recipe: Recipe) -> Plan:
         if name not in _OF_THE_MACHINE and not name.startswith(_PREFIXES)
     }
     recipe.training["use_cpu"] = True
-    recipe.model = dataclasses.replace(recipe.model, attention="auto")
+    recipe.model = dataclasses.replace(recipe.model, attention="auto", residual_dtype="fp32")
     return make_plan(recipe, num_processes=1)
 
 
@@ -81,7 +81,9 @@ def write_copies(whole: Plan, folder: Path, num_steps: int, num_processes: int) 
         config.write_text(json.dumps(_tiny_config(whole, 0.1 if dropout else 0.0), indent=1), encoding="utf-8")
         copies[dropout] = config.with_suffix(".yaml")
         document = _shrink(whole, num_steps, 2 * num_processes)
-        document["model"] |= {"config": str(config), "init": "random", "attention": "auto"}
+        document["model"] |= {"config": str(config), "init": "random", "attention": "auto", "residual_dtype": "fp32"}
+        if not dropout:  # for layouts, whose sums differ in the last bits: Muon's bf16 would make more of them
+            document["run"] |= {"optimizer": "trainer", "muon": {}}
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
         copies[dropout].write_text(text, encoding="utf-8")
     return copies
@@ -161,6 +163,9 @@ def _shrink(whole: Plan, num_steps: int, unit: int) -> dict[str, Any]:
     if run["schedule_tokens"]:
         run["schedule_tokens"] = round(run["schedule_tokens"] / whole.timeline.num_tokens * num_tokens)
     ratio = math.ceil((run["schedule_tokens"] or num_tokens) / data["tokens_per_step"]) / horizon_before
+    for name in ("warmup_tokens", "decay_tokens"):
+        if run[name] is not None:
+            run[name] = max(1, round(run[name] / before * ratio * data["tokens_per_step"]))
     if training.get("warmup_steps", 0) >= 1:
         training["warmup_steps"] = max(1, math.ceil(training["warmup_steps"] * ratio))
     kwargs = training.get("lr_scheduler_kwargs") or {}

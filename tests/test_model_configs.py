@@ -20,6 +20,7 @@ NUM_PARAMETERS = {
     "llama_437m_hd128": 437_584_896,
     "tinyllama_1.1b": 1_100_048_384,
     "llama2_7b": 6_738_415_616,
+    "mixtral_1.6b": 1_580_436_480,
 }
 # These select and describe a class and are no fields of it.
 CLASS_KEYS = {"model_type", "architectures"}

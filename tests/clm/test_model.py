@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clm.model import build_model, check_model, choose_attention, draw_weights, load_config
+from clm.model import build_model, check_model, draw_weights, load_config
 from clm.problems import Problems
 from clm.recipe_sections import ModelSection
 from data_prep.errors import UserError
@@ -152,14 +152,3 @@ def test_a_base_model_with_another_tokenizer_is_refused(config_file, tokenizer, 
     assert "is not the one data/x was prepared with" in problems_with(other)
     (tmp_path / "empty").mkdir()
     assert "has no tokenizer to compare with" in problems_with(tmp_path / "empty")
-
-
-def test_attention_auto_is_explained_and_flash_without_bf16_or_gpu_is_refused():
-    assert choose_attention("auto", bf16=True, has_gpu=False)[0] == "sdpa"
-    assert choose_attention("eager", bf16=False, has_gpu=False)[0] == "eager"
-    with pytest.raises(UserError, match="there is no CUDA GPU"):
-        choose_attention("flash_attention_2", bf16=True, has_gpu=False)
-    with pytest.raises(UserError, match="on a CPU PyTorch has no backward for it"):
-        choose_attention("flex_attention", bf16=False, has_gpu=False)
-    with pytest.raises(UserError, match="Set training.bf16: true"):
-        choose_attention("flash_attention_2", bf16=False, has_gpu=True)

@@ -1,0 +1,198 @@
+"""What `run.speed: fast` does otherwise than transformers' Trainer between two log points.
+
+In: a Trainer's calls. Out: the same losses, gradients and updates, with less around them. With `run.speed: stock` every
+method here is Trainer's own. Each override names what it replaces (lines of transformers 5.23, trainer.py) and is
+compared with it in tests/end_to_end/test_speed.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from clm.dataset import IGNORE, collate, collate_as_stock
+from clm.meter import make_meter
+from clm.muon import make_optimizer
+from data_prep.paths import cache_dir
+
+if TYPE_CHECKING:
+    from clm.plan import Plan
+    from clm.timeline import Stage
+
+
+class FastSteps(Trainer):
+    """Trainer with the fast steps of a plan; a mix-in below ClmTrainer, which sets `plan` and `stage` first."""
+
+    plan: Plan
+    stage: Stage
+
+    def __init__(self, **kwargs: Any):
+        args, speed = kwargs["args"], self.plan.speed
+        # of the present micro-batch of a mixture of experts: cross entropy and router loss
+        self._apart: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._router_losses: list[torch.Tensor] = []  # of the micro-batches since the last log point
+        if args.torch_compile and speed.is_fast:
+            # One graph for each shape: with Trainer's default the second shape, which evaluation or a stage brings,
+            # makes torch.compile compile the training step anew with symbolic sizes, which are slower.
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
+            # torch's default lies in /tmp, which a reboot empties and a cluster does not share
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+        super().__init__(**kwargs)
+        self.meter = make_meter(self.plan, self.stage, self.model, args)
+        self.add_callback(self.meter)
+        if speed.is_fast:
+            self.quiet = QuietCollector()
+            self.add_callback(self.quiet)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock; the garbage collector is given back however the training ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.plan.speed.is_fast:
+                self.quiet.thaw()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Stock (trainer.py, get_batch_samples) counts targets where a batch has `labels`; ours needs none of them. The
+        meter notes how long the loader was waited for."""
+        began_at = time.perf_counter()
+        try:
+            return self._take_batches(epoch_iterator, num_batches, device)
+        finally:
+            self.meter.wait_s += time.perf_counter() - began_at
+
+    def _take_batches(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        if self.plan.speed.loss is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return batches, None
+        num_items = sum((batch["shift_labels"] != IGNORE).sum() for batch in batches)
+        if self.args.world_size > 1:
+            num_items = self.accelerator.gather(num_items).sum()
+        return batches, num_items
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Stock (trainer.py, training_step) walks over all modules to set the training mode, and over the batch to move
+        it, in every micro-batch; both are as they should be. With a router loss, the cross entropy alone is returned,
+        which is what Trainer logs as `loss`."""
+        if self.plan.speed.loss is None or self._needs_stock_step:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if not model.training:
+                model.train()
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            loss = loss.detach()
+        if self._apart is None:
+            return loss
+        cross_entropy, router_loss = self._apart
+        self._router_losses.append(router_loss)
+        return cross_entropy
+
+    @property
+    def _needs_stock_step(self) -> bool:
+        """Stock's step has more for few: DeepSpeed's scaling, emptying the GPU's cache, optimizers that want a rate."""
+        args = self.args
+        is_lomo = args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+        return self.is_deepspeed_enabled or args.torch_empty_cache_steps is not None or is_lomo
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Stock (trainer.py, compute_loss) gives the number of targets to the model; here the model sums, and the
+        division comes after it, so that training and evaluation call the same function. The router loss of a mixture of
+        experts, which stock adds whole in each micro-batch (transformers/models/mixtral/modeling_mixtral.py), is
+        divided by their number: the step's is the mean over its micro-batches."""
+        if self.plan.speed.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=1)
+        loss = outputs.loss / num_items_in_batch
+        if self.args.world_size > 1:
+            loss = loss * self.args.world_size  # DDP takes the mean over processes
+        router_loss = getattr(outputs, "aux_loss", None)
+        if router_loss is not None:
+            self._apart = loss.detach(), router_loss.detach()
+            steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+            loss = loss + self.model.config.router_aux_loss_coef * router_loss / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Stock (trainer.py, create_optimizer) has no Muon: `run.optimizer: muon` makes it, with AdamW's arguments as
+        stock reads them from `training`."""
+        run, args = self.plan.recipe.run, self.args
+        if run.optimizer != "muon":
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            _, adamw = self.get_optimizer_cls_and_kwargs(args, self.model)
+            muon = dataclasses.asdict(run.muon)
+            if muon["weight_decay"] is None:
+                muon["weight_decay"] = args.weight_decay
+            self.optimizer = make_optimizer(self.model if model is None else model, adamw, args.weight_decay, muon)
+        return self.optimizer
+
+    def take_router_loss(self) -> dict[str, float]:
+        """{"router_loss": its mean over the micro-batches since the last call, without coefficient}, or {}.
+
+        A collective that waits for the device: for log points."""
+        if not self._router_losses:
+            return {}
+        mean = torch.stack(self._router_losses).mean()
+        self._router_losses.clear()
+        return {"router_loss": self.accelerator.gather(mean).mean().item()}
+
+
+def make_collator(plan: Plan) -> Callable[..., dict[str, Any]]:
+    """What makes a micro-batch: clm.dataset.collate, or with `run.speed: stock` transformers' default_data_collator."""
+    collator = partial(collate, with_labels=plan.speed.loss is None) if plan.speed.is_fast else collate_as_stock
+    return partial(collator, mask=plan.document_mask, with_samples=plan.recipe.run.record_blocks)
+
+
+class QuietCollector(TrainerCallback):
+    """Python's garbage collector looks at what is new only, and when the run waits anyway.
+
+    The objects of torch, the model and the loop live until the end; looking through them takes tens of milliseconds, at
+    any moment, while the GPU runs dry.
+    """
+
+    def __init__(self) -> None:
+        self.is_frozen = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.is_frozen:  # after the first step everything that stays is there
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            self.is_frozen = True
+        elif control.should_log or control.should_evaluate or control.should_save:
+            gc.collect()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.thaw()
+
+    def thaw(self) -> None:
+        """Give the collector back as it was."""
+        if self.is_frozen:
+            gc.unfreeze()
+            gc.enable()
+            self.is_frozen = False

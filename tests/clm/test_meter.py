@@ -1,0 +1,50 @@
+"""MFU by hand-checked numbers, and what the meter works out from times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clm.meter import Meter, flops_per_token, peak_flops
+
+CONFIGS = Path(__file__).resolve().parents[2] / "model_configs"
+PER_TOKEN = {
+    # N = 12 (2 x 768^2 + 2 x 768 x 192 + 3 x 768 x 3,072) + 50,000 x 768 = 141,029,376
+    ("llama_170m", 512): 6 * 141_029_376 + 12 * 12 * 768 * 512,
+    ("llama_170m", 2048): 1_072_668_672,
+    # tied: the head's matrix counts once. N = all parameters but the norms' 65 x 1,024
+    ("llama_437m", 1024): 6 * (437_584_896 - 65 * 1024) + 12 * 32 * 1024 * 1024,
+    # 2 of 6 experts. N = 24 (4 x 1,024^2 + 6 x 1,024 + 2 x 3 x 1,024 x 3,112) + 50,257 x 1,024
+    ("mixtral_1.6b", 8192): 6 * 611_156_992 + 12 * 24 * 1024 * 8192,
+}
+
+
+@pytest.mark.parametrize("name, block_size", PER_TOKEN)
+def test_flops_per_token_are_those_by_hand(name, block_size):
+    config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert flops_per_token(model, config, block_size) == PER_TOKEN[name, block_size]
+
+
+def test_the_peak_is_known_by_name_or_not_at_all():
+    assert peak_flops("NVIDIA H200", None) == peak_flops("NVIDIA H100 80GB HBM3", None) == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", None) == 756e12 and peak_flops("NVIDIA L40S", None) == 362e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", None) == 312e12
+    assert peak_flops("Some New Chip", None) is None
+    assert peak_flops("Some New Chip", 500.0) == 5e14
+
+
+def test_what_the_meter_says():
+    meter = Meter(torch.device("cpu"), 902_799_360, 989e12, num_devices=1)
+    meter.marks = [0.0, 0.1, 0.1, 0.2, 0.2, 0.5]
+    meter.wait_s = 0.125
+    found = meter.take(100_000.0)
+    assert found["mfu"] == pytest.approx(0.0913, abs=5e-5)  # 90.28 TFLOP/s of 989
+    assert found["step_p50_s"] == pytest.approx(0.1) and found["step_p95_s"] == pytest.approx(0.3)
+    assert found["input_wait_fraction"] == pytest.approx(0.125 / 0.625)
+    assert meter.take(None) == {}
+    assert "mfu" not in Meter(torch.device("cpu"), 1, None, 1).take(10.0), "unknown device: none printed"

@@ -1,0 +1,93 @@
+"""Under bf16 autocast experts and, on request, the residual stream are bf16; weights and gradients stay fp32."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from clm.mixed_precision import EXPERTS, cast_residual_stream, use_autocast_experts
+
+
+@pytest.fixture
+def expert_dtypes(monkeypatch):
+    """dtypes of input and weight of each grouped product."""
+    seen, real = [], torch.nn.functional.grouped_mm
+
+    def note(x, weight, **kwargs):
+        seen.append((x.dtype, weight.dtype))
+        return real(x, weight, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", note)
+    return seen
+
+
+def mixtral():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        initializer_range=0.1,
+        use_cache=False,
+    )
+    return MixtralForCausalLM(config)
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_experts_follow_autocast_which_transformers_do_not(expert_dtypes):
+    ids = torch.randint(0, 384, (2, 32), generator=torch.Generator().manual_seed(0))
+    exact, stock, ours = mixtral(), mixtral(), mixtral()
+    assert use_autocast_experts(ours)
+    expected = exact(input_ids=ids, labels=ids).loss
+    expected.backward()
+    expert_dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        stock(input_ids=ids, labels=ids)
+    assert set(expert_dtypes) == {(torch.float32, torch.float32)}, "if transformers casts them now, ours can go"
+    expert_dtypes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(input_ids=ids, labels=ids).loss
+    assert set(expert_dtypes) == {(torch.bfloat16, torch.bfloat16)} and len(expert_dtypes) == 4
+    loss.backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in ours.parameters())
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    assert (gradients(ours) - gradients(exact)).norm() < 0.1 * gradients(exact).norm()
+
+
+def test_without_autocast_and_in_files_nothing_changes(tmp_path):
+    ids = torch.arange(2, 34)[None]
+    plain, ours = mixtral(), mixtral()
+    use_autocast_experts(ours)
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, ours(ids).logits)
+    ours.save_pretrained(tmp_path)
+    assert EXPERTS not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert not use_autocast_experts(make_model()), "no experts"
+
+
+def test_the_residual_stream_is_bf16_under_autocast_only():
+    ids = torch.arange(2, 34)[None]
+    plain, cast = make_model(), make_model()
+    cast_residual_stream(cast)
+    seen = []
+    for model in (plain, cast):
+        model.model.layers[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [model(ids, labels=ids).loss for model in (plain, cast)]
+    assert seen == [torch.float32, torch.bfloat16]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-2)
+    losses[1].backward()
+    assert all(p.grad.dtype == torch.float32 for p in cast.parameters())
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, cast(ids).logits)

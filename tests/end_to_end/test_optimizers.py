@@ -1,0 +1,85 @@
+"""Optimizers of a recipe: they train, resume bit by bit, and do not depend on how the batch is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from clm.recipe import load_recipe
+from data_prep.errors import UserError
+
+from .conftest import losses, quiet_config
+from .test_launch import TORCHRUN, launch
+
+MUON = ("run.optimizer=muon", "run.muon.learning_rate=0.01", "training.learning_rate=3e-3")
+CASES = {
+    "muon": MUON,
+    "muon_like_adamw": (*MUON, "run.muon.adjust=match_rms_adamw", "training.optim=adamw_torch"),
+    "bitsandbytes 8 bit": ("training.optim=adamw_bnb_8bit",),
+}
+
+
+def weights(run):
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(train, overrides):
+    if "bnb" in overrides[0]:
+        pytest.importorskip("bitsandbytes")
+    short = (*overrides, "data.tokens=5120", "data.validation=[]")
+    straight = train(*short, name="straight")
+    run = train(*short, "run.retention={last: 9}", name="resumed")
+    (run / "final").rename(run / "gone")
+    (run / "checkpoint-10").rename(run / "gone-10")
+    train(*short, "run.retention={last: 9}", name="resumed")
+    assert losses(run) == losses(straight) and weights(run) == weights(straight)
+    assert losses(run)[10] < losses(run)[1] - 0.5
+
+
+def test_muon_trains_the_same_however_the_batch_is_cut(train, recipe):
+    short = (*MUON, quiet_config(recipe), "data.tokens=3072", "data.validation=[]")
+    one = train(*short, "training.per_device_train_batch_size=16", name="one")
+    four = train(*short, "training.per_device_train_batch_size=4", name="four")
+    assert np.allclose(list(losses(one).values()), list(losses(four).values()), rtol=1e-3)  # bf16 in its iteration
+    optimizer = torch.load(one / "checkpoint-5" / "optimizer.pt")
+    rates = [group["lr"] / group["initial_lr"] for group in optimizer["param_groups"]]
+    assert rates[0] == pytest.approx(rates[-1]) and optimizer["param_groups"][-1]["initial_lr"] == 0.01
+
+
+@pytest.mark.slow
+def test_muon_on_two_processes_trains_as_on_one(train, recipe):
+    short = (*MUON, quiet_config(recipe), "data.tokens=5120", "data.validation=[]")
+    one = train(*short, name="one")
+    done = launch(*TORCHRUN, "run_clm.py", str(recipe), *short, "training.run_name=two")
+    assert done.returncode == 0, done.stderr
+    two = one.with_name("two")
+    assert np.allclose(list(losses(one).values()), list(losses(two).values()), rtol=1e-3)
+    a, b = (load_file(run / "final" / "model.safetensors") for run in (one, two))
+    assert all(np.linalg.norm(a[name] - b[name]) <= 0.02 * np.linalg.norm(a[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["run.muon.learning_rate=0.1"], "run.muon is set but run.optimizer is not muon"),
+        ([*MUON, "training.optim=lion_32bit"], "training.optim is lion_32bit but run.optimizer is muon"),
+        ([*MUON, "run.spikes.policy=skip"], "run.spikes.policy is skip but run.optimizer is muon"),
+        ([*MUON, "run.muon.momentum=1.5"], "run.muon.momentum is 1.5 but must be below 1"),
+        (["run.optimizer=moun"], "Did you mean muon"),
+    ],
+)
+def test_what_cannot_work_is_refused(train, overrides, text):
+    with pytest.raises(UserError, match=text):
+        train(*overrides)
+
+
+def test_the_card_and_the_record_name_muon(train):
+    run = train(*MUON, "data.tokens=1024", "data.validation=[]")
+    assert "Muon" in (run / "final" / "README.md").read_text()
+    assert "optimizer: muon" in (run / "recipe.yaml").read_text()
+    assert load_recipe(run / "recipe.yaml").problems.messages == [], "a run's record is a recipe"
+    plain = train("data.tokens=1024", "data.validation=[]", name="plain")
+    assert load_recipe(plain / "recipe.yaml").problems.messages == []
