@@ -134,6 +134,7 @@ def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
 def train(plan: Plan, requests: Requests) -> ClmTrainer:
     """From the newest checkpoint, or from the beginning, to the end of its stage; `outcome` says why it ended."""
     from clm.events import excluded_ranges
+    from clm.fsdp import is_fsdp
     from clm.launch import agree, make_arguments, pick_checkpoint
     from clm.metrics import cut_back_run
     from clm.model import build_model
@@ -149,7 +150,8 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     # b. The stage's batch, and the model with its first weights; those of a checkpoint replace them.
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
-    model = build_model(plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
+    first = (plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
+    model = build_model(*first, is_sharded=is_fsdp())
 
     # c. The HF Trainer.
     trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))

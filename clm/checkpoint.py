@@ -29,6 +29,7 @@ SAVING = ".saving"
 # What only a resume needs, as globs; the rest of a checkpoint is a model in Hub format, its recipe and environment.
 RESUME_ONLY = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
 RESUME_ONLY += ("global_step*/*", "latest", "zero_to_fp32.py")  # DeepSpeed's
+RESUME_ONLY += ("sharded/*",)  # FSDP2's
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk itself, a quota, a limit of the file's size
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from clm.arguments import DEFAULTS, build_arguments, scheduler_kwargs
 from clm.checkpoint import clean_run_folder, find_damage, read_checkpoint_facts, rolled_back_at, total_bytes
+from clm.fsdp import configure_cpu, is_fsdp
+from clm.loading import check_layout
 from clm.metrics import log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
@@ -86,6 +88,8 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
                 **plan.training.get("accelerator_config", {}),
                 "use_configured_state": True,
             }
+        elif is_fsdp():
+            derived |= configure_cpu()
         elif plan.num_processes > 1:
             derived["use_cpu"] = True  # otherwise each process is a run of its own, of world size 1
             _let_torch_load_to_indexed_cpu()
@@ -179,6 +183,7 @@ def pick_checkpoint(plan: Plan) -> tuple[Path | None, dict[str, Any]]:
             f"{checkpoint}: was made with version {facts['order_version']} of the data order, this code has "
             f"{ORDER_VERSION}. It would see other data. Check out the code it was made with."
         )
+    check_layout(checkpoint, facts, plan.num_processes)
     for newer in [path for step, path in list_weights(run) if step > facts["step"]]:
         log.warning("%s: holds weights only, so the run continues from before it.", newer)
     log.info(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clm.arguments import check_training
 from clm.dataset import ValidationRows
 from clm.document_mask import DocumentMask
+from clm.fsdp import check_fsdp
 from clm.inputs import CatalogueSplit, load_model_config, load_tokenizer, open_mixture, open_validation
 from clm.layout import lay_out, make_order, make_timeline
 from clm.model import check_model, check_samples, choose_attention, count_parameters, with_rope
@@ -150,6 +151,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         _check_stages(recipe, training, stages, splits[0], num_processes)
     precision, why_precision = _choose_precision(training, problems)
     check_policy(recipe, training, precision)
+    check_fsdp(recipe, training, num_processes)
     attention, why_attention = "sdpa", ""
     try:
         attention, why_attention = choose_attention(recipe.model.attention, precision == "bf16", _has_gpu(training))

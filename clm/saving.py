@@ -6,7 +6,8 @@ each disk, the publisher, writes model and optimizer, waits for the markers of a
 into the folder (never by a collective, which would meet those of the training), and publishes the checkpoint.
 
 One checkpoint is in the making at a time: the next save waits for it. Without the memory for a copy, or where the
-recipe says so, the same is done while training waits. DeepSpeed writes its own files, while training waits.
+recipe says so, the same is done while training waits. Under FSDP2 each rank writes its shards of model and optimizer
+(clm/sharded.py) in the same way. DeepSpeed writes its own files, while training waits.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from clm.push import push_checkpoint
 from clm.retention import apply_retention
 from clm.run_folder import PREFIX
 from clm.run_record import RECORD, write_record
+from clm.sharded import METADATA, SHARDED, ShardWriter, collect_shards, join_metadata, num_local_bytes, rank_metadata
 from clm.snapshot import Buffers, available_memory, copy_to_host, num_bytes_to_copy
 from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
@@ -71,6 +73,7 @@ class Saver:
         self.is_publisher = self.rank == self.publisher
         self.num_bytes: int = trainer.plan.checkpoint_bytes  # of a checkpoint: an estimate until one was written
         self.is_engine_writing = False
+        self.shard_writer = ShardWriter(self.rank, self.ranks) if trainer.is_fsdp_enabled else None
         self._tokenizer = copy.deepcopy(trainer.processing_class)  # the thread's own
         self._buffers: Buffers = {}
         self._thread: threading.Thread | None = None
@@ -105,17 +108,25 @@ class Saver:
             self._say_once("DeepSpeed writes its own files")
             self._save_by_engine(model, trial, folder, facts, started_at)
             return
-        state = collect(trainer, self.is_publisher)
-        reason = self._why_training_waits(state)
+        state, shards = collect(trainer, self.is_publisher), self.collect_shards()
+        reason = self._why_training_waits(state, shards)
         if reason is not None:
             self._say_once(reason)
+            if self.shard_writer is not None:
+                self.shard_writer.take(shards)
             self._write_and_publish(folder, state, facts, started_at)
             return
+        if self.shard_writer is not None:
+            self.shard_writer.start(shards, folder)
         state = copy_to_host(state, self._buffers)
         stopped_s = time.perf_counter() - started_at
         task = (folder, state, facts, started_at, stopped_s)
         self._thread = threading.Thread(target=self._write_and_publish, args=task, daemon=True)
         self._thread.start()
+
+    def collect_shards(self) -> dict[str, Any]:
+        """This rank's part of model and optimizer under FSDP2, else {}."""
+        return {} if self.shard_writer is None else collect_shards(self.trainer)
 
     def wait(self) -> None:
         """Until nothing of an earlier save is being written by this rank: for a publisher, until it is published.
@@ -181,6 +192,8 @@ class Saver:
         """Write this rank's files."""
         if self.is_publisher:
             folder.mkdir(parents=True, exist_ok=True)
+        if self.shard_writer is not None:
+            self.shard_writer.finish(folder)
         write_files(folder, state, self.trainer.model, self._tokenizer, self.run / RECORD)
 
     def hash_own_files(self, folder: Path) -> Files:
@@ -198,6 +211,10 @@ class Saver:
             files |= self._await_marker(folder / f".rank-{rank}", rank)
         for rank in others:
             (folder / f".rank-{rank}").unlink()
+        if self.shard_writer is not None:
+            join_metadata(folder, self.ranks)
+            files = {n: f for n, f in files.items() if n not in map(rank_metadata, self.ranks)}
+            files |= hash_files(folder, [f"{SHARDED}/{METADATA}"])
         publish(folder, self.run / folder.name, facts, dict(sorted(files.items())))
         self.num_bytes = total_bytes(files)
 
@@ -328,13 +345,13 @@ class Saver:
 
     # --- in the background? -----------------------------------------------------------------------------------------
 
-    def _why_training_waits(self, state: dict[str, Any]) -> str | None:
+    def _why_training_waits(self, state: dict[str, Any], shards: dict[str, Any]) -> str | None:
         if not self.settings.save_in_background:
             return "run.save_in_background is false"
         if "wandb" in self.trainer.args.report_to and os.environ.get("WANDB_LOG_MODEL") == "checkpoint":
             return "WANDB_LOG_MODEL is checkpoint, and W&B takes it as soon as it is saved"
         if not self._buffers:
-            need, room = num_bytes_to_copy(state), available_memory()
+            need, room = num_bytes_to_copy(state) + num_local_bytes(shards), available_memory()
             if room is not None and need > MEMORY_SHARE * room:
                 return f"its copy takes {format_bytes(need)} of memory, {format_bytes(room)} are available"
         return None

@@ -18,6 +18,8 @@ from clm.block_record import BlockRecord
 from clm.checkpoint import SAVING
 from clm.dataset import OrderSampler, TrainBlocks, ValidationRows, collate
 from clm.evaluate import Sums, evaluate_sets, sum_losses
+from clm.fsdp import gather_state, shard
+from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
 from clm.metrics import JsonLines, Progress, log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
@@ -75,6 +77,8 @@ class ClmTrainer(Trainer):
             processing_class=plan.tokenizer,
             callbacks=[self.progress, RunFlow(pending_loss, self)],
         )
+        if self.is_fsdp_enabled:
+            shard(self)
         self.spikes = SpikeWatch(self, args.device)
         self.block_record = None
         if plan.recipe.run.record_blocks:
@@ -108,8 +112,9 @@ class ClmTrainer(Trainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Stock, and the norm is told to the watch, before the update that it may take back."""
-        self.spikes.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.spikes.grad_norm
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.spikes.grad_norm = norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return norm
 
     # --- optimizer --------------------------------------------------------------------------------------------------
 
@@ -133,10 +138,20 @@ class ClmTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py)."""
+        if is_ours(self, resume_from_checkpoint):
+            load_weights(self, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Stock, but the learning rate is that of the present schedule: stock goes on for one step with the saved one,
         which differs where the run was extended or forked."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and is_ours(self, checkpoint):
+            load_optimizer_and_scheduler(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler = self.lr_scheduler
             factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
@@ -190,8 +205,10 @@ class ClmTrainer(Trainer):
         return training.get("per_device_eval_batch_size") or training["per_device_train_batch_size"]
 
     def _after_evaluation(self, metrics: dict[str, Any]) -> None:
-        """On rank 0: say the result, redraw the curve, write samples."""
+        """On rank 0: say the result, redraw the curve; then write samples, for which FSDP2 needs all ranks."""
         if not self.is_world_process_zero():
+            if self.is_fsdp_enabled:
+                self._write_samples()
             return
         bits = metrics["eval_bits_per_byte"]
         log.info(
@@ -226,8 +243,9 @@ class ClmTrainer(Trainer):
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 seed=self.plan.seed,
+                is_shared=self.is_fsdp_enabled,
             )
-        for prompt, text in zip(settings.prompts, texts, strict=True):
+        for prompt, text in zip(settings.prompts, texts if self.is_world_process_zero() else [], strict=False):
             record = {"step": self.state.global_step, "tokens": self.num_tokens, "prompt": prompt, "text": text}
             JsonLines(self.run_folder / "samples.jsonl").write(record)
 
@@ -300,7 +318,11 @@ class ClmTrainer(Trainer):
         """Stock, but below ZeRO stage 3 the whole model lies on each rank and is saved as it is: stock clones every
         tensor there, after which tied weights are no longer recognised as one and are written twice."""
         stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
-        if stage is None or stage == 3:
+        if self.is_fsdp_enabled:  # stock saves nothing of a sharded model
+            state = gather_state(self.model, self.saver.is_publisher)
+            if self.saver.is_publisher:
+                self._save(output_dir, state_dict=state)
+        elif stage is None or stage == 3:
             super().save_model(output_dir, _internal_call=_internal_call)
         else:
             self._save(output_dir)
