@@ -21,12 +21,15 @@ import torch
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.training_args import ParallelMode
 
+from clm.order import ORDER_VERSION
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from clm.trainer import ClmTrainer
 
-# Files that each rank writes for itself: stock's random state, DeepSpeed's shards, those of FSDP2. All others are the publisher's.
+# Files that each rank writes for itself: stock's random state, DeepSpeed's shards, FSDP2's. All others are the
+# publisher's.
 _RANK_FILE = re.compile(
     r"rng_state_(\d+)\.pth$|(?:^|/)(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank|^sharded/__(\d+)[._]|^ballast-(\d+)$"
 )
@@ -51,6 +54,23 @@ def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
         files["scaler.pt"] = trainer.accelerator.scaler.state_dict()
     state = {"files": files, "trainer_state": trainer_state(trainer)}
     return state if trainer.is_fsdp_enabled else {**state, "model": trainer.model.state_dict()}
+
+
+def checkpoint_facts(trainer: ClmTrainer) -> dict[str, Any]:
+    """What checkpoint.json says besides the files. A collective."""
+    summed_loss = trainer.accelerator.gather(trainer._tr_loss).mean().item()
+    return {
+        "step": trainer.state.global_step,
+        "tokens": trainer.num_tokens,
+        "time_s": trainer.progress.seconds,
+        "order_version": ORDER_VERSION,
+        "num_processes": trainer.args.world_size,
+        "pending_loss": {"since_step": trainer._globalstep_last_logged, "summed_loss": summed_loss},
+        "datasets": trainer.plan.fingerprints,
+        "excluded": [list(r) for r in trainer.plan.timeline.excluded],
+        "eval_loss": trainer._evaluated.get(trainer.state.global_step),
+        "spikes": trainer.spikes.state(),
+    }
 
 
 def random_state(is_distributed: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,7 @@ def shard(trainer: ClmTrainer) -> None:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     kept = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta}
+    warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # accelerate's way to make HSDP's mesh
     fsdp2_prepare_model(accelerator, model)
     offload = accelerator.state.fsdp_plugin.cpu_offload
     model.to_empty(device="cpu" if getattr(offload, "pin_memory", None) is not None else device)

@@ -32,8 +32,8 @@ def check_layout(checkpoint: Path, facts: dict[str, Any], num_processes: int) ->
     if is_engines and (not wants_engine or before != num_processes):
         what = f"with {num_processes} processes" if wants_engine else "without DeepSpeed"
         raise UserError(
-            f"{checkpoint}: was written by DeepSpeed with {before} processes, which divides the optimizer's state among "
-            f"them, and this launch is {what}. It cannot be read. Start it with DeepSpeed, the same ZeRO stage and "
+            f"{checkpoint}: was written by DeepSpeed with {before} processes, each with its part of the optimizer, and "
+            f"this launch is {what}. It cannot be read. Start it with DeepSpeed, the same ZeRO stage and "
             f"--num_processes {before}; or begin a new run from its weights: remove model.config, and set "
             f"model.init={checkpoint} training.run_name=<another>. Runs that must change their number of processes "
             "are trained with DDP or FSDP2."

@@ -78,12 +78,11 @@ def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, floa
     if saver.trainer.is_deepspeed_enabled:
         saver.write_by_engine(model, None, folder)  # the engine's optimizer state is there from the beginning
     else:
-        if saver.shard_writer is not None:
-            saver.shard_writer.take(saver.collect_shards())
+        saver.shards.take(saver.shards.collect())
         saver.write(folder, collect(saver.trainer, saver.is_publisher))
         plan = saver.trainer.plan
         ballast_bytes = plan.checkpoint_bytes - plan.num_parameters * BYTES_PER_PARAMETER
-        if saver.shard_writer is not None:
+        if saver.shards.is_used:
             share = ballast_bytes // len(saver.ranks)
             _write_ballast(folder / f"ballast-{saver.rank}", share, [*folder.glob(f"{SHARDED}/__{saver.rank}_*")])
         elif saver.is_publisher:

@@ -75,7 +75,9 @@ def generate_samples(
                     )
                 torch.manual_seed(zlib.crc32(f"{seed} {prompt}".encode()))  # torch uses 32 bits on a CPU
                 inputs = torch.tensor([ids], device=model.device)
-                rows = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config, synced_gpus=is_shared)
+                rows = model.generate(
+                    inputs, attention_mask=torch.ones_like(inputs), generation_config=config, synced_gpus=is_shared
+                )
                 texts += tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     finally:
         model.train(was_training)

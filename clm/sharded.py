@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clm.checkpoint import Files, hash_files
 from clm.fsdp import fill, reshard
 from data_prep.errors import UserError
 
@@ -79,36 +80,47 @@ def num_local_bytes(state: dict[str, Any]) -> int:
 
 
 class ShardWriter:
-    """Writes one rank's part of a checkpoint, again and again over a run; one at a time.
+    """Writes one rank's part of model and optimizer, again and again over a run; one at a time. Does nothing where they
+    are not divided by FSDP2.
 
     Args:
-        rank: of this process, for the names of its files.
+        trainer: before its first save.
         ranks: those that share its disk.
     Raises:
         UserError: the run folder is not one folder for all processes.
     """
 
-    def __init__(self, rank: int, ranks: list[int]):
+    def __init__(self, trainer: ClmTrainer, ranks: list[int]):
+        self.trainer, self.rank, self.ranks = trainer, trainer.args.process_index, ranks
+        self.is_used: bool = trainer.is_fsdp_enabled
+        self._copy: dict[str, Any] = {}
+        self._future: Future | None = None
+        if not self.is_used:
+            return
         import torch.distributed as dist
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        # the ranks' coordination is left out on purpose
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed")
+        # the ranks' coordination is left out on purpose, so each finds the others' files in the folder
+        for message in ("torch.distributed is disabled", "Detected an existing checkpoint"):
+            warnings.filterwarnings("ignore", message=message)
         if len(ranks) < dist.get_world_size():
             raise UserError(
-                f"The run folder of process {rank} is not that of all processes, but under FSDP2 a checkpoint is made "
-                "of the parts of all. Set RUNS_DIR to a shared file system, or use DDP."
+                f"The run folder of process {self.rank} is not that of all processes, but under FSDP2 all have "
+                "a part in a checkpoint. Set RUNS_DIR to a shared file system, or use DDP."
             )
-        self.rank = rank
         # async_save asks for a group with CPU tensors, which NCCL's is not; nothing is sent over it
         self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
         has_gpu = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(has_gpu, False, False, has_gpu))  # keeps its memory
-        self._copy: dict[str, Any] | None = None
-        self._future: Future | None = None
+
+    def collect(self) -> dict[str, Any]:
+        """What this rank has to write, live."""
+        return collect_shards(self.trainer) if self.is_used else {}
 
     def start(self, state: dict[str, Any], folder: Path) -> None:
         """Copy `state` to host memory and begin to write it; training may go on when this returns."""
+        if not self.is_used:
+            return
         from torch.distributed.checkpoint import DefaultSavePlanner, async_save
 
         self._future = async_save(
@@ -135,11 +147,19 @@ class ShardWriter:
 
     def finish(self, folder: Path) -> None:
         """Wait for the writing; what failed is raised, and the next call tries again."""
-        if self._future is None:
+        if self._future is not None:
+            future, self._future = self._future, None
+            future.result()
+        elif self.is_used:
             write_shards(self._copy, folder, self.rank)
-            return
-        future, self._future = self._future, None
-        future.result()
+
+    def join(self, folder: Path, files: Files) -> Files:
+        """All parts are there: one .metadata instead of the ranks' own. Returns the manifest's list."""
+        if not self.is_used:
+            return files
+        join_metadata(folder, self.ranks)
+        own = {rank_metadata(rank) for rank in self.ranks}
+        return {n: f for n, f in files.items() if n not in own} | hash_files(folder, [f"{SHARDED}/{METADATA}"])
 
 
 def write_shards(state: dict[str, Any], folder: Path, rank: int) -> None:
@@ -195,6 +215,7 @@ def load_shards(checkpoint: Path, state: dict[str, Any]) -> None:
     from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
 
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     with torch.no_grad():
         load(state, storage_reader=FileSystemReader(checkpoint / SHARDED), planner=planner, no_dist=True)
 

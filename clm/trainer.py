@@ -20,11 +20,11 @@ from clm.dataset import OrderSampler, TrainBlocks, ValidationRows, collate
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fsdp import gather_state, shard
 from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
-from clm.metrics import JsonLines, Progress, log
-from clm.order import ORDER_VERSION
+from clm.metrics import JsonLines, Progress
 from clm.plan import Plan
 from clm.run_flow import PendingLoss, RunFlow
 from clm.saving import Saver
+from clm.show_evaluation import show_evaluation
 from clm.signals import shield_workers
 from clm.spikes import SpikeWatch
 from clm.timeline import Stage
@@ -190,7 +190,7 @@ class ClmTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._evaluated = {self.state.global_step: metrics["eval_loss"]}
-        self._after_evaluation(metrics)
+        show_evaluation(self, metrics)
         return metrics
 
     @property
@@ -203,51 +203,6 @@ class ClmTrainer(Trainer):
         """Rows per forward in evaluation: per_device_eval_batch_size when the recipe says so, else as in training."""
         training = self.plan.training
         return training.get("per_device_eval_batch_size") or training["per_device_train_batch_size"]
-
-    def _after_evaluation(self, metrics: dict[str, Any]) -> None:
-        """On rank 0: say the result, redraw the curve; then write samples, for which FSDP2 needs all ranks."""
-        if not self.is_world_process_zero():
-            if self.is_fsdp_enabled:
-                self._write_samples()
-            return
-        bits = metrics["eval_bits_per_byte"]
-        log.info(
-            "step %s  validation loss %.4f  perplexity %.2f  bits per byte %s  (%s tokens in %.1f s)",
-            f"{self.state.global_step:,}",
-            metrics["eval_loss"],
-            metrics["eval_perplexity"],
-            "-" if bits is None else f"{bits:.4f}",
-            f"{metrics['eval_num_tokens']:,}",
-            metrics["eval_time_s"],
-        )
-        from clm.curve import draw_curve
-
-        try:
-            draw_curve(self.run_folder)
-        except OSError as error:
-            log.warning("curve.svg was not drawn: %s", error)
-        self._write_samples()
-
-    def _write_samples(self) -> None:
-        settings = self.plan.recipe.run.samples
-        if not settings.prompts or self.is_deepspeed_enabled:
-            return
-        from clm.sample import generate_samples
-
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # sampling must not move the run's RNG
-            texts = generate_samples(
-                self.model,
-                self.processing_class,
-                list(settings.prompts),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                seed=self.plan.seed,
-                is_shared=self.is_fsdp_enabled,
-            )
-        for prompt, text in zip(settings.prompts, texts if self.is_world_process_zero() else [], strict=False):
-            record = {"step": self.state.global_step, "tokens": self.num_tokens, "prompt": prompt, "text": text}
-            JsonLines(self.run_folder / "samples.jsonl").write(record)
 
     # --- logging ----------------------------------------------------------------------------------------------------
 
@@ -318,30 +273,14 @@ class ClmTrainer(Trainer):
         """Stock, but below ZeRO stage 3 the whole model lies on each rank and is saved as it is: stock clones every
         tensor there, after which tied weights are no longer recognised as one and are written twice."""
         stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
-        if self.is_fsdp_enabled:  # stock saves nothing of a sharded model
+        if self.is_fsdp_enabled:  # stock writes nothing of a sharded model
             state = gather_state(self.model, self.saver.is_publisher)
-            if self.saver.is_publisher:
+            if state:
                 self._save(output_dir, state_dict=state)
         elif stage is None or stage == 3:
             super().save_model(output_dir, _internal_call=_internal_call)
         else:
             self._save(output_dir)
-
-    def checkpoint_facts(self) -> dict[str, Any]:
-        """What checkpoint.json says besides the files. A collective."""
-        summed_loss = self.accelerator.gather(self._tr_loss).mean().item()
-        return {
-            "step": self.state.global_step,
-            "tokens": self.num_tokens,
-            "time_s": self.progress.seconds,
-            "order_version": ORDER_VERSION,
-            "num_processes": self.args.world_size,
-            "pending_loss": PendingLoss(since_step=self._globalstep_last_logged, summed_loss=summed_loss),
-            "datasets": self.plan.fingerprints,
-            "excluded": [list(r) for r in self.plan.timeline.excluded],
-            "eval_loss": self._evaluated.get(self.state.global_step),
-            "spikes": self.spikes.state(),
-        }
 
     def save_final(self) -> Path:
         """Write final/ in Hub format, complete or not at all."""
