@@ -37,7 +37,13 @@ def main() -> None:
     launcher = [sys.executable]
     if arguments.fsdp2:
         os.environ["CLM_FSDP_ON_CPU"] = "1"
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/fsdp2.yaml"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            "accelerate_configs/fsdp2.yaml",
+        ]
         launcher += ["--num_processes", str(arguments.fsdp2), "--main_process_port", "0"]
     found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     size = ""

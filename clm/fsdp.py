@@ -53,9 +53,9 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
     copies, parts = (int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", 1)) for name in ("REPLICATE", "SHARD"))
     if copies > 1 and copies * parts != num_processes:
         problems.messages.append(
-            f"{recipe.path}: the launcher asks for {copies} copies of the model, each divided among {parts} processes, "
-            f"but there are {num_processes}. Set dp_replicate_size and dp_shard_size of accelerate_configs/hsdp.yaml to "
-            f"numbers whose product is {num_processes}."
+            f"{recipe.path}: the launcher asks for {copies} copies of the model, each among {parts} processes, "
+            f"but there are {num_processes}. Set dp_replicate_size and dp_shard_size in its file so that their product is "
+            f"{num_processes}."
         )
     optim = training.get("optim", DEFAULTS["optim"])
     if optim not in OPTIMIZERS:

@@ -63,7 +63,7 @@ class ClmTrainer(Trainer):
             plan.splits,
             plan.order,
             stage.block_size,
-            plan.num_steps * stage.samples_per_step,
+            plan.num_steps * plan.slots_per_step(stage),
             plan.seed if data.permute_labels else None,
         )
         as_bar = None if not plan.training.get("disable_tqdm") else False
