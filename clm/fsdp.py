@@ -11,6 +11,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +55,8 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
     if copies > 1 and copies * parts != num_processes:
         problems.messages.append(
             f"{recipe.path}: the launcher asks for {copies} copies of the model, each among {parts} processes, "
-            f"but there are {num_processes}. Set dp_replicate_size and dp_shard_size in its file so that their product is "
-            f"{num_processes}."
+            f"but there are {num_processes}. Set dp_replicate_size and dp_shard_size in its file so that their product "
+            f"is {num_processes}."
         )
     optim = training.get("optim", DEFAULTS["optim"])
     if optim not in OPTIMIZERS:
@@ -69,12 +70,14 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
             problems.add(f"training.{name}", "is true, which is not tested with FSDP2. Remove it.")
 
 
-def configure_cpu() -> dict[str, Any]:
+def configure_cpu(timeout: timedelta) -> dict[str, Any]:
     """FSDP2 without a GPU, which accelerate would silently turn into DDP: what TrainingArguments need for it.
 
     It says of the process group, which is gloo's, what it says of several GPUs (accelerate/state.py). For trying out
     and for tests: that is a private attribute of accelerate.
 
+    Args:
+        timeout: of the process group.
     Raises:
         UserError: the environment variable that asks for it is not set.
     """
@@ -86,7 +89,7 @@ def configure_cpu() -> dict[str, Any]:
             "The launcher asks for FSDP but there is no CUDA GPU. Train without it, or try FSDP2 on the CPU: "
             f"{ON_CPU}=1 accelerate launch --config_file accelerate_configs/fsdp2.yaml ..."
         )
-    PartialState(cpu=True)
+    PartialState(cpu=True, timeout=timeout)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
 

@@ -12,6 +12,7 @@ import time
 import uuid
 import warnings
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from clm.timeline import Stage
 from data_prep.errors import UserError
 from data_prep.lock import folder_lock
 from data_prep.sizes import format_bytes
+
+DEFAULT_TIMEOUT_S = 1800  # TrainingArguments' own
 
 
 def check_launch() -> int:
@@ -89,9 +92,16 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
                 "use_configured_state": True,
             }
         elif is_fsdp():
-            derived |= configure_cpu()
+            derived |= configure_cpu(_timeout(plan))
         elif plan.num_processes > 1:
+            from accelerate import PartialState
+
+            PartialState(cpu=True, timeout=_timeout(plan))  # transformers' own way gives a CPU's group no timeout
             derived["use_cpu"] = True  # otherwise each process is a run of its own, of world size 1
+            derived["accelerator_config"] = {
+                **plan.training.get("accelerator_config", {}),
+                "use_configured_state": True,
+            }
             _let_torch_load_to_indexed_cpu()
     try:
         args = build_arguments(plan.training, derived)
@@ -109,6 +119,10 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
             "%s GPUs are visible, one is used: start with accelerate launch to use all.", torch.cuda.device_count()
         )
     return args
+
+
+def _timeout(plan: Plan) -> timedelta:
+    return timedelta(seconds=plan.training.get("ddp_timeout", DEFAULT_TIMEOUT_S))
 
 
 @functools.cache

@@ -150,7 +150,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         check_samples(recipe.run.samples, config, tokenizer, problems)
     if recipe.run.uneven_batch and getattr(config, "output_router_logits", False):
         problems.add(
-            "run.uneven_batch", "is true but the router's loss of this model would count the fillers. Remove it."
+            "run.uneven_batch", "is true but this model's router would count the fillers in its loss. Remove it."
         )
     validation = open_validation(recipe, splits, training, unchecked if dry_run else None)
     stages = []

@@ -57,12 +57,15 @@ def collect_shards(trainer: ClmTrainer) -> dict[str, Any]:
             state[f"{_OPTIMIZER}{names[parameter]}.{key}"] = value
     if is_first:
         state[_GROUPS] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return {name: value for name, value in state.items() if _is_own(value, is_first)}
+    return {
+        name: value
+        for name, value in state.items()
+        if (is_own_shard(value) if hasattr(value, "device_mesh") else is_first)
+    }
 
 
-def _is_own(value: Any, is_first: bool) -> bool:
-    if not hasattr(value, "device_mesh"):
-        return is_first
+def is_own_shard(value: Any) -> bool:
+    """Whether a DTensor's part is this rank's to write: with HSDP that of the first copy."""
     place = value.device_mesh.get_coordinate()
     return all(at == 0 for at, how in zip(place, value.placements, strict=True) if how.is_replicate())
 
