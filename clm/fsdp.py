@@ -37,8 +37,21 @@ def is_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def check_parallelism(recipe: Recipe) -> None:
+    """Refuse launcher files that divide rows or matrices among processes; problems go to recipe.problems."""
+    for name, what in (("TP", "tensor parallelism"), ("CP", "context parallelism"), ("SP", "sequence parallelism")):
+        size = int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
+        if size > 1:
+            recipe.problems.messages.append(
+                f"{recipe.path}: the launcher asks for {what} ({name.lower()}_size {size}), which is not "
+                "supported: the order of the data, evaluation and checkpoints are not tested with it. Set it to 1; "
+                "docs/scale.md says what to do with long rows and large models instead."
+            )
+
+
 def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> None:
     """Refuse what does not work with FSDP2; problems go to recipe.problems."""
+    check_parallelism(recipe)
     if not is_fsdp():
         return
     problems = recipe.problems

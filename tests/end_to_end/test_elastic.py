@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -29,18 +28,18 @@ def test_a_lost_machine_leaves_a_run_that_goes_on_from_its_checkpoint_with_fewer
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "lost"]
-    command += ["--rdzv_conf", "last_call_timeout=5", "--max_restarts", "3"]
-    command += ["run_clm.py", str(recipe), *short, "training.run_name=two"]
+    command += ["--max_restarts", "3"]
+    training = ["run_clm.py", str(recipe), *short, "training.run_name=two"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = one.with_name("two")
     logs, agents = [tmp_path / "agent-0.txt", tmp_path / "agent-1.txt"], []
     try:
-        for log in logs:
+        for log, is_host in zip(logs, (1, 0), strict=True):  # the first one holds the rendezvous
+            whole = [*command, "--rdzv_conf", f"last_call_timeout=10,is_host={is_host}", *training]
             with log.open("w") as file:
                 agents.append(
-                    subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+                    subprocess.Popen(whole, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
                 )
-            wait_for(port)  # the first agent holds the rendezvous
         until = time.monotonic() + 120
         while not (run / "checkpoint-40").exists():
             assert all(agent.poll() is None for agent in agents) and time.monotonic() < until, logs[0].read_text()
@@ -56,16 +55,6 @@ def test_a_lost_machine_leaves_a_run_that_goes_on_from_its_checkpoint_with_fewer
     assert "error: process " in first and "has given no sign of life for" in first
     assert "continuing from" in first and "1 processes x 3 accumulation = 576 tokens, of which 512 count" in first
     assert losses(run) == pytest.approx(losses(one), rel=1e-5)
-
-
-def wait_for(port: int) -> None:
-    """Until something listens there."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing listens at {port}")
 
 
 def kill_tree(pid: int) -> None:

@@ -19,7 +19,7 @@ from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config, read_metrics
 from .poison import BAD, excluded_blocks, on
-from .test_launch import BIN, ROOT, TORCHRUN, launch
+from .test_launch import BIN, ROOT, TORCHRUN, first_weights, launch
 from .test_stages import recorded, staged  # noqa: F401
 
 FSDP2 = ROOT / "accelerate_configs" / "fsdp2.yaml"
@@ -33,6 +33,14 @@ def fsdp(
     done = launch(*command, *overrides, CLM_FSDP_ON_CPU="1")
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_tensor_and_context_parallel_launches_are_refused(train, monkeypatch):
+    for name, expected in (("TP", "tensor parallelism"), ("CP", "context parallelism")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
+            with pytest.raises(UserError, match=f"{expected} .*_size 2.*docs/scale.md"):
+                train("--dry-run")
 
 
 def before_the_end(run: Path, name: str) -> Path:
@@ -84,6 +92,7 @@ def test_fsdp_on_two_processes_is_one_process_and_any_layout_goes_on_from_its_sh
     reload = run_cli(["-m", "clm", "reload", "two"])
     assert reload.code == 0 and "reload: the same model" in reload.stdout, reload.stdout
 
+    assert first_weights(two) == first_weights(one)
     checkpoint = two / "checkpoint-5"
     files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
     assert {"sharded/.metadata", "sharded/__0_0.distcp", "sharded/__1_0.distcp", "rng_state_1.pth"} <= set(files)
@@ -148,6 +157,7 @@ def test_hsdp_on_four_processes_is_one_process_and_writes_each_shard_once(train,
     assert np.allclose(list(losses(one).values()), list(losses(four).values()), rtol=1e-5)
     sizes = [path.stat().st_size for path in sorted((four / "checkpoint-5" / "sharded").glob("*.distcp"))]
     assert sizes[2:] == [0, 0] and min(sizes[:2]) > 100_000
+    assert first_weights(four) == first_weights(one)
     again = before_the_end(four, "again")
     fsdp(recipe, "again", *short)
     assert np.allclose(list(losses(one).values()), list(losses(again).values()), rtol=1e-5)
