@@ -9,7 +9,6 @@
 #   PYTHON               default: .venv/bin/python
 #   PROCESSES_PER_NODE   default: the node's GPUs; on CPUs say how many
 #   HEAD_ADDRESS, PORT   of the rendezvous; default: the first node's name, a port made of the job's number
-#   NODES                for torchrun --nnodes; default: all of the job; 1:4 goes on with what is left of four
 #   MAX_RESTARTS         how often torchrun starts all processes again when one fails; default 3
 #   MAX_REQUEUES         default 100
 # The run ends when runs/<RUN>/final exists. STOP in its folder stops it for good: it is not queued again.
@@ -36,7 +35,7 @@ asked=
 trap 'asked=1; echo "time is nearly up: the run is asked to save"; mkdir -p "$folder"; touch "$folder/STOP"' USR1
 
 srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
-    --nnodes "${NODES:-$SLURM_JOB_NUM_NODES}" --nproc_per_node "${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
     --rdzv_backend c10d --rdzv_endpoint "$HEAD:$RENDEZVOUS_PORT" --rdzv_id "$SLURM_JOB_ID-$restarts" \
     --max_restarts "${MAX_RESTARTS:-3}" \
     run_clm.py "$recipe" "training.run_name=$run" run.uneven_batch=true "$@" &

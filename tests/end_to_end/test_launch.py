@@ -71,9 +71,7 @@ def test_zero_on_two_processes_gives_the_losses_and_the_weights_of_one(train, re
     # what this launch cannot read is refused, in both directions
     for name in ("one", "two"):
         (one.with_name(name) / "final").rename(one.with_name(name) / "gone-again")
-    with pytest.raises(
-        UserError, match="by DeepSpeed with 2 processes, .* this launch is without DeepSpeed"
-    ):
+    with pytest.raises(UserError, match="by DeepSpeed with 2 processes, .* this launch is without DeepSpeed"):
         train(quiet, "data.tokens=5120", name="two")
     done = launch(*two, quiet, "data.tokens=5120", "training.run_name=one")
     assert done.returncode != 0 and "was written by DDP or one process, which DeepSpeed cannot read" in done.stderr
