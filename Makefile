@@ -9,6 +9,7 @@ DATASET =
 RECIPE =
 TOKENIZER =
 BLOCK_SIZE =
+PACKING =
 OUT =
 RUN =
 PREP_ARGS =
@@ -49,7 +50,7 @@ help: ## Show this text
 	@echo "  PYTHON=python3.12    the interpreter of .venv (3.11, 3.12 or 3.13); another one rebuilds it"
 	@echo "  TORCH_INDEX=URL      where torch comes from; CPU-only: TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 	@echo "  DATASET=NAME         a name that 'make datasets' lists, a file, a folder, or a Hub id with a slash"
-	@echo "  TOKENIZER= BLOCK_SIZE= OUT=    for prep: other than the dataset's YAML says"
+	@echo "  TOKENIZER= BLOCK_SIZE= PACKING= OUT=    for prep: other than the dataset's YAML says"
 	@echo "  RECIPE=FILE          recipes/*.yaml;  RUN=NAME: a folder under runs/"
 	@echo "  ARGS=\"...\"           passed on: section.key=value for train and check RECIPE=, options for the others"
 	@echo "  PREP_ARGS=\"...\"      passed on to prep, e.g. PREP_ARGS=\"--max-tokens 100M --num-proc 8\""
@@ -77,7 +78,7 @@ prep: $(if $(RECIPE),prep-alone-RECIPE,need-DATASET) $(INSTALLED) ## Tokenize in
 ifneq ($(RECIPE),)
 	$(PY) -m clm prep "$(RECIPE)" $(PREP_ARGS)
 else
-	$(PY) -m data_prep prep "$(DATASET)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(BLOCK_SIZE),--block-size "$(BLOCK_SIZE)") $(if $(OUT),--out "$(OUT)") $(PREP_ARGS)
+	$(PY) -m data_prep prep "$(DATASET)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(BLOCK_SIZE),--block-size "$(BLOCK_SIZE)") $(if $(PACKING),--packing "$(PACKING)") $(if $(OUT),--out "$(OUT)") $(PREP_ARGS)
 endif
 
 inspect: need-DATASET $(INSTALLED) ## Show raw documents and decoded blocks: DATASET=stdlib
@@ -141,7 +142,7 @@ need-%:
 	@test -n "$($*)" || { echo "error: $* is not set. Example: make $(firstword $(MAKECMDGOALS)) $*=$(EXAMPLE_$*)" >&2; exit 2; }
 
 prep-alone-RECIPE:
-	@test -z "$(strip $(DATASET)$(TOKENIZER)$(BLOCK_SIZE)$(OUT))" || { echo "error: RECIPE=$(RECIPE) names its datasets, tokenizer and block size itself. Leave out DATASET, TOKENIZER, BLOCK_SIZE and OUT, or leave out RECIPE." >&2; exit 2; }
+	@test -z "$(strip $(DATASET)$(TOKENIZER)$(BLOCK_SIZE)$(PACKING)$(OUT))" || { echo "error: RECIPE=$(RECIPE) names its datasets, tokenizer and block size itself. Leave out DATASET, TOKENIZER, BLOCK_SIZE, PACKING and OUT, or leave out RECIPE." >&2; exit 2; }
 
 # --- installation ---
 

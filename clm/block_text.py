@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.blocks import Blocks
-from data_prep.documents import Document, DocumentMap
+from data_prep.blocks import NO_TARGET, Blocks
+from data_prep.documents import Document, DocumentMap, Piece
 from data_prep.token_bytes import differences_from_source, token_bytes
 
 if TYPE_CHECKING:
@@ -78,25 +78,37 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Part:
-    """What a range of tokens holds of one document.
+    """What a range of positions of a split holds of one document.
 
-    `first_token` and `end_token` are positions in the split; `text_bytes[first_byte:end_byte]` of the document's text
-    as tokenized are exactly the bytes of those tokens.
+    `text_bytes[first_byte:end_byte]` of the document's text as tokenized are exactly the bytes of those tokens.
     """
 
-    document: Document
-    first_token: int
-    end_token: int
+    piece: Piece
     first_byte: int
     end_byte: int
+
+    @property
+    def document(self) -> Document:
+        """The document."""
+        return self.piece.document
+
+    @property
+    def first_token(self) -> int:
+        """Position of the first token."""
+        return self.piece.first_token
+
+    @property
+    def end_token(self) -> int:
+        """Position behind the last token."""
+        return self.piece.end_token
 
 
 @dataclass
 class BlockText:
     """One prepared block of P tokens with all that is known of it.
 
-    `tokens` is (P + 1,): the last is the one that follows, NO_TARGET after a shard's last block. `losses` is (P,):
-    position i holds the loss of token i + 1.
+    `tokens` is (P + 1,) as `Blocks.read` gives it: the last is the one that follows, or NO_TARGET; NO_TARGET for
+    padding. `losses` is (P,): position i holds the loss of token i + 1.
     """
 
     dataset: str
@@ -112,6 +124,11 @@ class BlockText:
     def first_token(self) -> int:
         """Position of its first token in the split."""
         return self.block * (len(self.tokens) - 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the block without padding."""
+        return int(np.count_nonzero(self.tokens[:-1] != NO_TARGET))
 
     @property
     def mean_loss(self) -> float:
@@ -135,21 +152,23 @@ def read_block(blocks: Blocks, documents: DocumentMap | None, name: str, block: 
 def find_parts(
     blocks: Blocks, documents: DocumentMap, lengths: np.ndarray, first_token: int, end_token: int
 ) -> list[Part]:
-    """The documents of tokens [first_token, end_token) of a split, in order, with their byte ranges.
+    """The documents at the positions [first_token, end_token) of a split, in their order, with their byte ranges.
 
     Args:
         lengths: bytes of each token id.
     """
     parts = []
-    for document in documents.between(first_token, end_token):
-        first, end = max(document.first_token, first_token), min(document.end_token, end_token)
-        first_byte = count_bytes(blocks, lengths, document.first_token, first)
-        parts.append(Part(document, first, end, first_byte, first_byte + count_bytes(blocks, lengths, first, end)))
+    for piece in documents.pieces(first_token, end_token):
+        begin = piece.document.first_token
+        before = documents.ranges(begin, begin + piece.offset)
+        first_byte = sum(count_bytes(blocks, lengths, *each) for each in before)
+        num_bytes = count_bytes(blocks, lengths, piece.first_token, piece.end_token)
+        parts.append(Part(piece, first_byte, first_byte + num_bytes))
     return parts
 
 
 def count_bytes(blocks: Blocks, lengths: np.ndarray, first_token: int, end_token: int) -> int:
-    """Bytes of text in tokens [first_token, end_token) of a split."""
+    """Bytes of text at the positions [first_token, end_token) of a split, none of them padding."""
     total, at = 0, first_token
     while at < end_token:
         shard = int(blocks.locate(np.array(at // blocks.block_size))[0])

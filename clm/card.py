@@ -205,9 +205,10 @@ def _data_table(recipe: dict, metrics: list[dict]) -> str:
         links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in _repositories(dataset)]
         label = dataset["name"] + (f" ({', '.join(links)})" if links else "")
         fingerprint = f"`{dataset['fingerprint'][:16]}`"
-        rows.append(
-            (label, f"{share:.2%}", size or "not measured", passes, dataset.get("licence") or "unknown", fingerprint)
-        )
+        if size and "padding_fraction" in dataset:
+            size = f"{size:,}, {dataset['padding_fraction']:.2%} of them padding"
+        licence = dataset.get("licence") or "unknown"
+        rows.append((label, f"{share:.2%}", size or "not measured", passes, licence, fingerprint))
     return _table(("Dataset", "Share of the run", "Tokens", "Passes", "Licence", "Fingerprint"), rows)
 
 

@@ -7,6 +7,10 @@ document masking also what keeps the documents of a row apart (clm/document_mask
         input_ids     a b c d | e f g h
         shift_labels  b c d e | f g h i        every position is trained; -100 only at a shard's last position
 
+    packed block of 8 tokens [a b c d e . . .], of length 5, the rest padding:
+        input_ids     a b c d e p p p          p is the tokenizer's padding id, or EOS, which may be among a ... e too:
+        shift_labels  b c d e - - - -          what is no target (-, -100) follows from the length, never from an id
+
 Shapes: B rows of a micro-batch, T the recipe's block_size; a prepared block gives block_size_prepared / T rows.
 """
 
@@ -72,7 +76,8 @@ def read_blocks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets of n prepared blocks of P tokens, both (n, P) int64."""
     tokens = blocks.read(block_numbers)
-    return tokens[:, :-1], tokens[:, 1:] if control is None else control.targets(block_numbers)
+    inputs = blocks.as_inputs(tokens[:, :-1])
+    return inputs, tokens[:, 1:] if control is None else control.targets(block_numbers)
 
 
 class TrainBlocks(torch.utils.data.Dataset):

@@ -91,7 +91,7 @@ def draw_histogram(losses: np.ndarray) -> str:
 
 def _block(block: BlockText, vocabulary: Vocabulary, block_size: int, markup: type) -> dict[str, Any]:
     """A block as the template needs it."""
-    num_tokens = len(block.tokens) - 1
+    num_tokens = block.num_tokens
     has_next = block.losses is not None and block.tokens[-1] != NO_TARGET
     ids = block.tokens[: num_tokens + has_next].tolist()
     tokens = [
@@ -106,8 +106,8 @@ def _block(block: BlockText, vocabulary: Vocabulary, block_size: int, markup: ty
     documents = [
         {
             "source": describe_part(part),
-            "is_begun": part.first_token > part.document.first_token,
-            "goes_on": part.end_token < part.document.end_token,
+            "is_begun": part.piece.is_begun,
+            "goes_on": part.piece.goes_on,
             "tokens": markup("".join(tokens[part.first_token - first : part.end_token - first])),
         }
         for part in block.parts

@@ -17,6 +17,7 @@ from clm.explain import RunText, open_text
 from clm.run_folder import find_run
 from clm.search import Matches, TextPattern, find_token
 from data_prep.blocks import Blocks
+from data_prep.documents import DocumentMap
 from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
 
@@ -58,7 +59,7 @@ def search(text: RunText, pattern: TextPattern | int) -> Found:
     with tqdm(total=total, desc="searching", unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
         for dataset, split in enumerate(splits):
             last_block = -1
-            for matches in _find(pattern, split, bar.update):
+            for matches in _find(pattern, split, bar.update, text.documents[dataset]):
                 blocks = np.unique(matches.first // split.block_size)
                 found.num_blocks += len(blocks) - int(last_block in blocks[:1])
                 last_block = int(blocks[-1]) if len(blocks) else last_block
@@ -124,14 +125,14 @@ def describe(text: RunText, occurrence: Occurrence) -> list[str]:
     """Lines for one occurrence: block, document, the text around it, and the steps that see it."""
     split, documents = text.replay.splits[occurrence.dataset], text.documents[occurrence.dataset]
     name = text.names[occurrence.dataset]
-    first, last = occurrence.first_token // split.block_size, occurrence.last_token // split.block_size
+    blocks = list(dict.fromkeys((_positions(split, documents, occurrence, 0)[0] // split.block_size).tolist()))
     at = occurrence.first_token
-    lines = [f"{name}:{first}, token {at % split.block_size}: {_context(text, split, occurrence)}"]
+    lines = [f"{name}:{blocks[0]}, token {at % split.block_size}: {_context(text, split, occurrence)}"]
     if documents is not None:
         part = find_parts(split, documents, text.vocabulary.lengths, at, at + 1)[0]
         lines.append(f"  {describe_document(part.document, f'from byte {part.first_byte + occurrence.offset:,}')}")
-    for block in range(first, last + 1):
-        prefix = f"{name}:{block}, where it {'begins' if block == first else 'goes on'}: " if last > first else ""
+    for block in blocks:
+        prefix = f"{name}:{block}, where it {'begins' if block == blocks[0] else 'goes on'}: " * (len(blocks) > 1)
         lines += [f"  {prefix}{sentence}" for sentence in text.describe_steps(occurrence.dataset, block)]
     return lines
 
@@ -155,24 +156,42 @@ def _first_step(text: RunText, dataset: int, block: int) -> int:
     return min((step for _, step in text.steps_of(dataset, block) if step is not None), default=_NEVER)
 
 
-def _find(pattern: TextPattern | int, split: Blocks, report: object) -> Iterator[Matches]:
-    return find_token(pattern, split, report) if isinstance(pattern, int) else pattern.find(split, report)
+def _find(
+    pattern: TextPattern | int, split: Blocks, report: object, documents: DocumentMap | None
+) -> Iterator[Matches]:
+    return find_token(pattern, split, report) if isinstance(pattern, int) else pattern.find(split, report, documents)
 
 
 def _context(text: RunText, split: Blocks, occurrence: Occurrence) -> str:
     """The text on both sides, on one line."""
-    begin = max(0, occurrence.first_token - _CONTEXT_TOKENS)
-    stop = min(split.num_tokens, occurrence.last_token + 1 + _CONTEXT_TOKENS)
-    tokens = split.token_at(np.arange(begin, stop)).tolist()
-    vocabulary = text.vocabulary
+    positions, first, end = _positions(split, text.documents[occurrence.dataset], occurrence, _CONTEXT_TOKENS)
+    tokens, vocabulary = split.token_at(positions).tolist(), text.vocabulary
     pieces = [str(vocabulary.names[t]).encode() if vocabulary.is_control(t) else vocabulary.table[t] for t in tokens]
-    first, end = occurrence.first_token - begin, occurrence.last_token + 1 - begin
     before, inside, after = (b"".join(each) for each in (pieces[:first], pieces[first:end], pieces[end:]))
     shown = before[-_CONTEXT_BYTES:] + inside + after[:_CONTEXT_BYTES]
     return on_one_line(shown.decode(errors="ignore"))
 
 
+def _positions(
+    split: Blocks, documents: DocumentMap | None, occurrence: Occurrence, margin: int
+) -> tuple[np.ndarray, int, int]:
+    """The positions of an occurrence's tokens, with so many more on both sides; which of them is its first, its end.
+
+    Those on the sides are what was beside it in the corpus, wherever packing put them.
+    """
+    first, last = occurrence.first_token, occurrence.last_token
+    least, most, ranges = 0, split.num_tokens, lambda begin, end: [(begin, end)]
+    if split.is_padded and documents is None:  # then it lies in one block
+        least = first // split.block_size * split.block_size
+        most = least + int(split.lengths_of(np.array(first // split.block_size)))
+    elif split.is_padded:
+        first, last, most, ranges = *map(documents.place_of, (first, last)), documents.num_tokens, documents.ranges
+    begin = max(least, first - margin)
+    found = ranges(begin, min(most, last + 1 + margin))
+    return np.concatenate([np.arange(*each) for each in found]), first - begin, last + 1 - begin
+
+
 def _text_bytes(split: Blocks) -> int:
     """Bytes of text in the blocks of a split, by the share of its tokens that they hold."""
     info = split.manifest.splits[split.split]
-    return info.num_bytes * split.num_tokens // max(1, info.num_tokens)
+    return info.num_bytes * min(split.num_tokens, info.num_tokens) // max(1, info.num_tokens)

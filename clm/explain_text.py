@@ -64,7 +64,8 @@ def describe_place(block: BlockText) -> str:
     if block.seen_as:
         seen = block.seen_as
         place = f"sample {seen['sample']:,}, rank {seen['rank']}, micro-batch {seen['micro_batch']}: {place}"
-    return place
+    num_padding = len(block.tokens) - 1 - block.num_tokens
+    return place + (f", {num_padding:,} tokens of padding" if num_padding else "")
 
 
 def has_colours(stream: TextIO) -> bool:
@@ -102,16 +103,16 @@ def _format_block(block: BlockText, vocabulary: Vocabulary, num_tokens: int, col
         lines[0] += f", loss {block.mean_loss:.4f}"
         if not colours:
             lines.append(f"most surprising: {_format_surprises(block, vocabulary)}")
-    texts = [show_unseen(text) for text in vocabulary.texts(block.tokens[:-1])]
+    texts = [show_unseen(text) for text in vocabulary.texts(block.tokens[: block.num_tokens])]
     first = block.first_token
     for part in block.parts:
         begin, end = part.first_token - first, min(part.end_token - first, num_tokens)
         if begin >= num_tokens:
             break
-        begun = " (begun earlier)" if part.first_token > part.document.first_token else ""
+        begun = " (begun earlier)" if part.piece.is_begun else ""
         lines.append(f"--- {describe_part(part)}{begun}")
         lines.append(_colour(texts[begin:end], block, begin, vocabulary) if colours else "".join(texts[begin:end]))
-        is_end = part.end_token == part.document.end_token and end == part.end_token - first
+        is_end = not part.piece.goes_on and end == part.end_token - first
         lines.append("--- end of document" if is_end else "--- goes on")
     if not block.parts:
         shown = texts[:num_tokens]

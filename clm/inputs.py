@@ -33,6 +33,8 @@ class CatalogueSplit:
     folder: Path
     block_size: int
     num_tokens: int
+    packing: str
+    is_padded: bool
 
     @property
     def num_blocks(self) -> int:
@@ -74,6 +76,12 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
                 key,
                 f"is {name}, prepared with another tokenizer than {first.folder}. Prepare both with the same.",
             )
+        if split.is_padded and recipe.data.permute_labels:
+            problems.add(
+                key,
+                f"is {name}, whose blocks have padding (packing {split.manifest.packing}), which data.permute_labels "
+                "would draw targets from. Prepare it with --packing concat.",
+            )
         if split.block_size != first.block_size:
             problems.add(
                 key,
@@ -82,6 +90,17 @@ def open_mixture(recipe: Recipe, unchecked: list[str] | None) -> list[Blocks | C
             )
         splits.append(split)
     return splits
+
+
+def cannot_be_split(split: Blocks | CatalogueSplit, block_size: int) -> str:
+    """Why the blocks of a padded split are not trained in shorter rows, and what to do; for an error message."""
+    packing = split.packing if isinstance(split, CatalogueSplit) else split.manifest.packing
+    return (
+        f"whose documents were packed into blocks of {split.block_size} (packing {packing}). Rows of {block_size} "
+        "would cut them again and leave rows of padding alone, so only concat is trained in shorter rows. Use "
+        f"{split.block_size}, or prepare it again, into another folder, with --block-size {block_size} or "
+        "--packing concat."
+    )
 
 
 def _check_recipes_tokenizer(recipe: Recipe, split: Blocks) -> None:
@@ -111,8 +130,11 @@ def _from_catalogue(name: str, block_size: int) -> CatalogueSplit | None:
     dataset, bucket = split_bucket(name)
     if dataset not in entry_names() or folder.exists() or is_interrupted(folder):
         return None
-    num_tokens = None if bucket else load_entry(dataset).num_tokens  # how much of it a bucket holds is not known
-    return CatalogueSplit(folder, prepared_block_size(name, block_size), num_tokens or 0)
+    entry = load_entry(dataset)
+    num_tokens = None if bucket else entry.num_tokens  # how much of it a bucket holds is not known
+    return CatalogueSplit(
+        folder, prepared_block_size(name, block_size), num_tokens or 0, entry.packing, entry.is_padded
+    )
 
 
 def load_model_config(recipe: Recipe, unchecked: list[str] | None) -> PretrainedConfig | None:
@@ -177,6 +199,8 @@ def open_validation(
             )
         elif blocks.block_size % size:
             problems.add(key, f"is {folder}, whose blocks of {blocks.block_size} do not split into rows of {size}.")
+        elif blocks.is_padded and blocks.block_size != size:
+            problems.add(key, f"is {folder}, {cannot_be_split(blocks, size)}")
         elif blocks.num_blocks:
             found.append(ValidationRows(folder.name, blocks, size, tokens, control_seed))
         elif recipe.data.validation is not None:

@@ -17,7 +17,7 @@ from clm.arguments import check_training
 from clm.dataset import ValidationRows
 from clm.document_mask import DocumentMask
 from clm.fsdp import check_fsdp
-from clm.inputs import CatalogueSplit, load_model_config, load_tokenizer, open_mixture, open_validation
+from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_tokenizer, open_mixture, open_validation
 from clm.layout import lay_out, make_order, make_timeline
 from clm.model import check_model, check_samples, choose_attention, count_parameters, with_rope
 from clm.order import Order
@@ -157,7 +157,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     data = recipe.data
     if splits and len(splits) == len(data.datasets) and all(data.mixture_of(stage) for stage in data.all_stages):
         stages = lay_out(recipe.data, splits, problems)
-        _check_stages(recipe, training, stages, splits[0], num_processes)
+        _check_stages(recipe, training, stages, splits, num_processes)
     precision, why_precision = _choose_precision(training, problems)
     check_policy(recipe, training, precision)
     check_fsdp(recipe, training, num_processes)
@@ -217,15 +217,24 @@ def data_seed(training: dict[str, Any]) -> int:
 
 
 def _check_stages(
-    recipe: Recipe, training: dict[str, Any], stages: list[Stage], split: Blocks | CatalogueSplit, num_processes: int
+    recipe: Recipe,
+    training: dict[str, Any],
+    stages: list[Stage],
+    splits: list[Blocks | CatalogueSplit],
+    num_processes: int,
 ) -> None:
     """Rows, micro-batch and global batch of every stage; refuses what does not divide, with the nearest values."""
-    data, problems, prepared = recipe.data, recipe.problems, split.block_size
+    data, problems, split, prepared = recipe.data, recipe.problems, splits[0], splits[0].block_size
     rows = training.get("per_device_train_batch_size")
     num_problems = len(problems.messages)
     for stage in stages:
         key = f"data.stages[{stage.index}]" if data.stages else "data"
-        if prepared % stage.block_size:
+        padded = [s for s, share in zip(splits, stage.shares, strict=True) if share and s.is_padded]
+        padded = [s for s in padded if s.block_size != stage.block_size]
+        for each in padded:
+            what = f"is {stage.block_size} but the stage trains on {each.folder}"
+            problems.add(f"{key}.block_size", f"{what}, {cannot_be_split(each, stage.block_size)}")
+        if prepared % stage.block_size and not padded:
             divisors = [d for d in range(1, prepared + 1) if prepared % d == 0]
             near = sorted(divisors, key=lambda d: abs(d - stage.block_size))[:2]
             problems.add(

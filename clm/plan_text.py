@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from data_prep.blocks import Blocks
 from data_prep.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def describe_plan(plan: Plan) -> str:
         lines.append(f"length       {timeline.num_steps:,} steps = {timeline.num_tokens:,} tokens")
     lines.append(_schedule(plan))
     lines += _datasets(plan)
+    lines += _padding(plan)
     for rows in plan.validation:
         lines.append(f"validation   {rows.name}: {rows.num_rows * data.block_size:,} tokens")
     if not plan.validation:
@@ -108,9 +110,21 @@ def _datasets(plan: Plan) -> list[str]:
             for number in (2, 3, 4)
             if (number - 1) * split.num_tokens > count * split.block_size
         ]
+        if isinstance(split, Blocks) and split.is_padded:
+            size += f", {100 * split.padding_fraction:.3g} % of them padding ({split.manifest.packing})"
         until = f"; left until {', '.join(left)} tokens" if left else ""
         lines.append(f"data         {name}: {share:.4g} % of the run, blocks of {split.block_size}, {size}{until}")
     return lines
+
+
+def _padding(plan: Plan) -> list[str]:
+    """How much of the run is padding, which is counted as tokens and trains nothing."""
+    used = plan.order.counts_before(plan.timeline.num_samples)
+    shares = [split.padding_fraction if isinstance(split, Blocks) else 0.0 for split in plan.splits]
+    fraction = sum(count * share for count, share in zip(used, shares, strict=True)) / plan.timeline.num_samples
+    num_text = round(plan.timeline.num_tokens * (1 - fraction))
+    text = f"{100 * fraction:.3g} % of all positions: about {num_text:,} of the run's tokens are text"
+    return [f"padding      {text}"] if fraction else []
 
 
 def _disk(plan: Plan) -> str:

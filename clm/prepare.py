@@ -17,9 +17,10 @@ from data_prep.paths import dataset_folder
 
 
 def prepared_block_size(name: str, block_size: int) -> int:
-    """The block size to prepare a listed name with: its own where the recipe's divides it, else the recipe's."""
-    own = load_entry(split_bucket(name)[0]).default_block_size
-    return own if own % block_size == 0 else block_size
+    """The block size to prepare a listed name with: its own where the recipe's may divide it, else the recipe's."""
+    entry = load_entry(split_bucket(name)[0])
+    own = entry.default_block_size
+    return own if own % block_size == 0 and not entry.is_padded else block_size
 
 
 def prep_commands(recipe: Recipe) -> list[list[str]]:

@@ -51,7 +51,8 @@ def iter_rows(
         first_block = first // rows_per_block
         tokens = blocks.read(np.arange(first_block, -(-last // rows_per_block)))
         wanted = slice(first - first_block * rows_per_block, last - first_block * rows_per_block)
-        yield tokens[:, :-1].reshape(-1, block_size)[wanted], tokens[:, 1:].reshape(-1, block_size)[wanted]
+        inputs = blocks.as_inputs(tokens[:, :-1])
+        yield inputs.reshape(-1, block_size)[wanted], tokens[:, 1:].reshape(-1, block_size)[wanted]
 
 
 def separate_documents(inputs: np.ndarray, targets: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:

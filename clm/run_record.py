@@ -204,6 +204,7 @@ def resolve(plan: Any) -> dict[str, Any]:
                 "weight": count / timeline.num_samples,
                 "passes": times,
                 "licence": split.manifest.licence,
+                **({"padding_fraction": split.padding_fraction} if split.is_padded else {}),
             }
             for name, split, count, times in zip(names, plan.splits, counts, passes, strict=True)
         ],

@@ -7,7 +7,8 @@ out once from the vocabulary, so that a block costs one table look-up per token.
     text "the cat"; tokens: "in" " the" " c" "at" "s"     " the" can begin it at byte 1, having given 3 of its 7 bytes;
                                                            then only " c" or " ca" ... can follow, and so on
 
-An occurrence may cross rows, blocks and shards. It never crosses a control token: it lies within one document.
+An occurrence may cross rows, blocks and shards, and pieces of a document that packing put into different blocks. It
+never crosses a control token: it lies within one document.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.blocks import Blocks
+from data_prep.documents import DocumentMap
 
 _CHUNK = 1 << 20  # tokens looked at at once
 
@@ -26,8 +28,8 @@ _CHUNK = 1 << 20  # tokens looked at at once
 class Matches:
     """Occurrences in ascending order: int64 arrays of one length.
 
-    `first` and `last` are the positions, in the split's token stream, of the tokens that hold the first and the last
-    byte; `offset` is how many bytes of the first token come before it.
+    `first` and `last` are the positions, in the split's blocks, of the tokens that hold the first and the last byte;
+    `offset` is how many bytes of the first token come before it.
     """
 
     first: np.ndarray
@@ -76,37 +78,48 @@ class TextPattern:
             self._can_follow[num_given] = is_good
         return self._can_follow[num_given]
 
-    def find(self, blocks: Blocks, report: Callable[[int], None]) -> Iterator[Matches]:
+    def find(
+        self, blocks: Blocks, report: Callable[[int], None], documents: DocumentMap | None = None
+    ) -> Iterator[Matches]:
         """Every occurrence in a split, overlapping ones too, a chunk at a time.
 
         Args:
             report: called with the number of tokens looked at since the last call.
+            documents: finds where a document goes on whose pieces packing parted; without it none is found across.
         """
         for start, ids in _iter_chunks(blocks):
-            num_tokens, at = len(ids), np.flatnonzero(self.can_begin[ids])
+            num_tokens, at = len(ids), _text_at(blocks, np.flatnonzero(self.can_begin[ids]), start)
             ids = ids[at].astype(np.int64)
             times = self.num_begins[ids]
             ids, first = np.repeat(ids, times), np.repeat(at, times) + start
             which = np.arange(len(ids)) - np.repeat(np.cumsum(times) - times, times)
             offset = self.begin_offsets[self.first_begin[ids] + which]
-            yield self._follow(blocks, first, offset, self.lengths[ids] - offset)
+            yield self._follow(blocks, documents, first, offset, self.lengths[ids] - offset)
             report(num_tokens)
 
-    def _follow(self, blocks: Blocks, first: np.ndarray, offset: np.ndarray, given: np.ndarray) -> Matches:
+    def _follow(
+        self,
+        blocks: Blocks,
+        documents: DocumentMap | None,
+        first: np.ndarray,
+        offset: np.ndarray,
+        given: np.ndarray,
+    ) -> Matches:
         """Of the places where the text may begin, those where it goes on to its end."""
         last = first.copy()
         open_ = np.flatnonzero(given < len(self.text))
         while open_.size:
-            is_good = last[open_] + 1 < blocks.num_tokens
+            following = _positions_after(blocks, documents, last[open_])
+            is_good = following >= 0
             ids = np.zeros(len(open_), dtype=np.int64)
-            ids[is_good] = blocks.token_at(last[open_[is_good]] + 1)
+            ids[is_good] = blocks.token_at(following[is_good])
             for num_given in np.unique(given[open_]):
                 here = given[open_] == num_given
                 is_good[here] &= self.can_follow(int(num_given))[ids[here]]
             given[open_[~is_good]] = -1
             open_ = open_[is_good]
             given[open_] += self.lengths[ids[is_good]]
-            last[open_] += 1
+            last[open_] = following[is_good]
             open_ = open_[given[open_] < len(self.text)]
         is_found = given >= len(self.text)
         return Matches(first[is_found], offset[is_found], last[is_found])
@@ -115,9 +128,26 @@ class TextPattern:
 def find_token(token: int, blocks: Blocks, report: Callable[[int], None]) -> Iterator[Matches]:
     """Every position of one token id, a chunk at a time; `report` as in TextPattern.find."""
     for start, ids in _iter_chunks(blocks):
-        at = np.flatnonzero(ids == token) + start
+        at = _text_at(blocks, np.flatnonzero(ids == token), start) + start
         yield Matches(at, np.zeros_like(at), at)
         report(len(ids))
+
+
+def _positions_after(blocks: Blocks, documents: DocumentMap | None, positions: np.ndarray) -> np.ndarray:
+    """Where the token after each of these stands, in its document; -1 where there is none."""
+    after = positions + 1
+    if not blocks.is_padded:
+        return np.where(after < blocks.num_tokens, after, -1)
+    block, offset = np.divmod(positions, blocks.block_size)
+    at_end = np.flatnonzero(offset + 1 == blocks.lengths_of(block))
+    found = [None if documents is None else documents.position_after(each) for each in positions[at_end].tolist()]
+    after[at_end] = [-1 if each is None else each for each in found]
+    return after
+
+
+def _text_at(blocks: Blocks, at: np.ndarray, start: int) -> np.ndarray:
+    """Those of the positions start + at that are no padding."""
+    return at[blocks.is_text(at + start)] if blocks.is_padded else at
 
 
 def _agree(token: bytes, text: bytes) -> bool:

@@ -40,7 +40,7 @@ def iter_losses(
     """The losses of one prepared block after the other.
 
     Args:
-        tokens: int64 (n, P + 1), blocks with the token after each, NO_TARGET where there is none.
+        tokens: int64 (n, P + 1), blocks with the token after each, NO_TARGET where there is none and for padding.
         block_size: T of the rows; divides P.
         masked_at: EOS for a run with data.document_mask, else None.
     Yields:
@@ -62,7 +62,8 @@ def iter_losses(
             here = slice(first, first + rows_at_once)
             more = {} if mask is None else mask.model_inputs(inputs[here])
             labels = targets[here] if mask is None else mask.targets(inputs[here], targets[here])
-            ids, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for a in (inputs[here], labels))
+            ids = np.maximum(inputs[here], 0)  # padding, which is behind all that is looked at
+            ids, labels = (torch.from_numpy(np.ascontiguousarray(a)).to(model.device) for a in (ids, labels))
             more = {name: value.to(model.device) for name, value in more.items()}
             with torch.no_grad():
                 logits = model(ids, use_cache=False, **more).logits.float()

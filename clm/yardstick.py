@@ -40,9 +40,9 @@ def held_out_text(folder: Path, num_tokens: int, tokenizer: Any) -> bytes:
     pieces: list[bytes] = []
     left = num_tokens
     for shard in range(len(blocks.shard_starts) - 1):
-        tokens = blocks.shard_tokens(shard)[:left]
-        pieces.append(_decode(tokens, tokenizer))
-        left -= len(tokens)
+        end = min(left, len(blocks.shard_tokens(shard)))
+        pieces.append(_decode(blocks, shard, 0, end, tokenizer))
+        left -= end
         if left <= 0:
             break
     return b"".join(pieces)
@@ -56,9 +56,9 @@ def training_text(folder: Path, num_bytes: int, tokenizer: Any) -> bytes:
         -num_bytes // 3
     )  # tokens; one of text is longer than 3 bytes as a rule, and the table names the real amount
     for shard in reversed(range(len(blocks.shard_starts) - 1)):
-        tokens = blocks.shard_tokens(shard)[-left:]
-        pieces.insert(0, _decode(tokens, tokenizer))
-        left -= len(tokens)
+        end = len(blocks.shard_tokens(shard))
+        pieces.insert(0, _decode(blocks, shard, max(0, end - left), end, tokenizer))
+        left -= end
         if left <= 0:
             break
     return b"".join(pieces)[-num_bytes:]
@@ -112,7 +112,11 @@ def print_yardstick(name: str) -> None:
     print(describe_yardstick(find_run(name)))
 
 
-def _decode(tokens: np.ndarray, tokenizer: Any) -> bytes:
+def _decode(blocks: Blocks, shard: int, first: int, end: int, tokenizer: Any) -> bytes:
+    """The text of a shard's tokens [first, end), without padding."""
+    tokens = blocks.shard_tokens(shard)[first:end]
+    if blocks.is_padded:
+        tokens = tokens[blocks.is_text(int(blocks.shard_starts[shard]) * blocks.block_size + np.arange(first, end))]
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False).encode()
 
 

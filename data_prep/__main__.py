@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.packing import PACKINGS
 from data_prep.sizes import parse_bytes, parse_count
 
 SOURCES_HELP = (
@@ -97,6 +98,12 @@ def _make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME=CONDITION",
         help="one dataset for each, DIR/NAME, in one pass: 'low=score < 3' 'high=score >= 3'",
+    )
+    prep.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        help="concat: one document after the other; best_fit: whole documents where they fit, little padding; pad: "
+        "every document begins a block (default: the dataset's, else concat)",
     )
     prep.add_argument(
         "--encoder",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
 
 SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large enough to be few
+NUM_WRITERS = 2  # shards in memory at a time
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,26 @@ def write_split(
     num_blocks = int(starts[-1]) // block_size
     rows_per_shard = max(SHARD_TOKENS // block_size, 1)
     (folder / split).mkdir(exist_ok=True)
-    shards: list[ShardInfo] = []
-    num_used = 0  # runs that no later shard needs
-    for number in range(max(-(-num_blocks // rows_per_shard), 1)):
+
+    def write(number: int) -> ShardInfo:
         first = number * rows_per_shard
         rows = min(rows_per_shard, num_blocks - first)
         path = folder / split / f"data-{number:05d}.arrow"
         if not path.exists():
-            tokens = _read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
-            _write_shard(path, tokens, block_size)
-        while num_used < len(units) and starts[num_used + 1] <= (first + rows) * block_size:
-            run_path(work, units[num_used].key, run).unlink(missing_ok=True)
-            num_used += 1
-        shards.append(ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path)))
-    _write_dataset_files(folder / split, split, shards, block_size, dtype)
+            tokens = read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
+            write_shard(path, tokens, block_size)
+        return ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
+
+    shards: list[ShardInfo] = []
+    num_used = 0  # runs that no later shard needs
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:  # reading, writing and hashing leave Python to others
+        for shard in pool.map(write, range(max(-(-num_blocks // rows_per_shard), 1))):
+            shards.append(shard)
+            done = (len(shards) - 1) * rows_per_shard * block_size + shard.num_blocks * block_size
+            while num_used < len(units) and starts[num_used + 1] <= done:
+                run_path(work, units[num_used].key, run).unlink(missing_ok=True)
+                num_used += 1
+    write_dataset_files(folder / split, split, shards, block_size, dtype)
     return tuple(shards)
 
 
@@ -97,7 +105,7 @@ def write_document_map(
                 waiting = _write_full_batches(writer, waiting, schema)
         for batch in pa.Table.from_batches(waiting, schema).combine_chunks().to_batches():
             writer.write_batch(batch)  # one batch, or none
-    _put_in_place(temporary, path)
+    put_in_place(temporary, path)
     return sha256_of(path)
 
 
@@ -118,7 +126,7 @@ def _write_full_batches(
     return table.slice(num_full).to_batches()
 
 
-def _read_range(
+def read_range(
     work: Path, run: str, units: list[Taken], starts: np.ndarray, first: int, end: int, dtype: np.dtype
 ) -> np.ndarray:
     """Tokens [first, end) of the stream that the runs of this name make."""
@@ -128,31 +136,34 @@ def _read_range(
     while position < end:
         stop = min(int(starts[index + 1]), end)
         if stop > position:
-            path = run_path(work, units[index].key, run)
-            offset = (position - int(starts[index])) * dtype.itemsize
-            tokens = np.fromfile(path, dtype=dtype, count=stop - position, offset=offset)
-            out[position - first : stop - first] = tokens
+            with open(run_path(work, units[index].key, run), "rb", buffering=0) as file:
+                file.seek((position - int(starts[index])) * dtype.itemsize)
+                wanted = out[position - first : stop - first].view(np.uint8)
+                if file.readinto(wanted) != len(wanted):
+                    raise OSError(f"{file.name}: ends before its {units[index].num_tokens[run]:,} tokens")
             position = stop
         index += 1
     return out
 
 
-def _write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
+def write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
+    """One Arrow file with the blocks of these tokens, whole or not at all."""
     schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(tokens.dtype), block_size)})
     blocks = pa.FixedSizeListArray.from_arrays(from_numpy(tokens), type=schema.field("input_ids").type)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         writer.write_batch(pa.record_batch([blocks], schema=schema))
-    _put_in_place(temporary, path)
+    put_in_place(temporary, path)
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a written file its name, when it is on the disk."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _write_dataset_files(folder: Path, split: str, shards: list[ShardInfo], block_size: int, dtype: np.dtype) -> None:
+def write_dataset_files(folder: Path, split: str, shards: list[ShardInfo], block_size: int, dtype: np.dtype) -> None:
     """state.json and dataset_info.json, as `datasets.Dataset.save_to_disk` writes them."""
     feature = {"feature": {"dtype": str(dtype), "_type": "Value"}, "length": block_size, "_type": "List"}
     state = {

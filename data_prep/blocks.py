@@ -2,7 +2,9 @@
 
 In: `data/<dataset>` and a split. Out: token ids by block number, block 0 being the first of shard 0. With block_size 4
 and the tokens 10 11 12 13 | 14 15 16 17 in one shard, `read([0, 1])` gives [[10, 11, 12, 13, 14], [14, 15, 16, 17,
--100]]: the last column is the token that follows the block, which the last position predicts.
+-100]]: the last column is the token that follows the block, which the last position predicts. Where documents are
+packed (data_prep/packing.py) a block has its own length and nothing follows it: with the tokens 10 11 12 13 | 14 15 . .
+in two blocks, `read([0, 1])` gives [[10, 11, 12, 13, -100], [14, 15, -100, -100, -100]].
 """
 
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.manifest import Manifest, load_manifest
+from data_prep.manifest import Manifest, fill_token_id, load_manifest
+from data_prep.packing import CONCAT
 
 NO_TARGET = -100  # the label that the loss ignores (torch's and HF's convention)
 
@@ -34,14 +37,44 @@ class Blocks:
         self.shard_starts = np.cumsum([0, *(shard.num_blocks for shard in info.shards)], dtype=np.int64)
         self._shards = info.shards
         self._open: dict[int, np.ndarray] = {}
+        self._lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.num_blocks
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the blocks of this split."""
+        """Positions in the blocks of this split, those of padding included."""
         return self.num_blocks * self.block_size
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether blocks have lengths of their own."""
+        return self.manifest.packing != CONCAT
+
+    @property
+    def padding_fraction(self) -> float:
+        """The share of the positions that is padding."""
+        return self.manifest.splits[self.split].num_padding_tokens / max(1, self.num_tokens)
+
+    @property
+    def fill_token_id(self) -> int:
+        """What padding is written as. A token of the text may have the same id."""
+        return fill_token_id(self.manifest.tokenizer)
+
+    def lengths_of(self, blocks: np.ndarray) -> np.ndarray:
+        """Tokens of each of these blocks without padding; int64, the shape of `blocks`."""
+        blocks = np.asarray(blocks, dtype=np.int64)
+        if not self.is_padded:
+            return np.full(blocks.shape, self.block_size)
+        if self._lengths is None:
+            self._lengths = self._map_lengths()
+        return self._lengths[blocks].astype(np.int64)
+
+    def is_text(self, positions: np.ndarray) -> np.ndarray:
+        """Whether the tokens at these positions are text and separators, not padding; bool."""
+        block, offset = np.divmod(np.asarray(positions, dtype=np.int64), self.block_size)
+        return offset < self.lengths_of(block)
 
     def locate(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row of each block number; any shape, the same shape out (int64).
@@ -70,6 +103,7 @@ class Blocks:
                     f"{path} {what}. `make check DATASET={self.folder}` names every damaged file; then prepare the "
                     "dataset again."
                 )
+        self.lengths_of(np.empty(0))
 
     def shard_tokens(self, shard: int) -> np.ndarray:
         """The consecutive tokens of one shard: a read-only 1-D view of the memory map, dtype `self.dtype`."""
@@ -78,7 +112,10 @@ class Blocks:
         return self._open[shard]
 
     def read(self, blocks: np.ndarray) -> np.ndarray:
-        """Blocks with the token after each: int64 (len(blocks), block_size + 1); -100 after a shard's last block."""
+        """Blocks with the token after each: int64 (len(blocks), block_size + 1).
+
+        NO_TARGET (-100) after a shard's last block; of padded blocks, for padding and in the last column.
+        """
         blocks = np.asarray(blocks, dtype=np.int64).reshape(-1)
         shards, rows = self.locate(blocks)
         out = np.empty((len(blocks), self.block_size + 1), dtype=np.int64)
@@ -90,7 +127,13 @@ class Blocks:
             after = first + self.block_size
             is_inside = after < len(tokens)
             out[here, -1] = np.where(is_inside, tokens[np.where(is_inside, after, 0)].astype(np.int64), NO_TARGET)
+        if self.is_padded:
+            out[np.arange(self.block_size + 1) >= self.lengths_of(blocks)[:, None]] = NO_TARGET
         return out
+
+    def as_inputs(self, tokens: np.ndarray) -> np.ndarray:
+        """What `read` gives without its last column, as a model takes it: with an id where there is padding."""
+        return np.where(tokens == NO_TARGET, self.fill_token_id, tokens) if self.is_padded else tokens
 
     def token_at(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at positions of the split's token stream, in [0, num_tokens); int64, the shape of `positions`."""
@@ -103,7 +146,7 @@ class Blocks:
         return out
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_lengths": None}
 
     def _map(self, shard: int) -> np.ndarray:
         import pyarrow as pa
@@ -123,3 +166,21 @@ class Blocks:
                 f"`make check DATASET={self.folder}` names every damaged file; then prepare the dataset again."
             ) from error
         return tokens
+
+    def _map_lengths(self) -> np.ndarray:
+        path = lengths_path(self.folder, self.split)
+        try:
+            lengths = np.load(path, mmap_mode="r" if self.num_blocks else None)
+            if lengths.dtype != np.uint32 or lengths.shape != (self.num_blocks,):
+                raise ValueError(f"it holds {lengths.dtype} {lengths.shape}, not {self.num_blocks:,} lengths")
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{path} is missing or damaged: {error}. Without it padding cannot be told from text. "
+                f"`make check DATASET={self.folder}` names every damaged file; then prepare the dataset again."
+            ) from error
+        return lengths
+
+
+def lengths_path(folder: Path, split: str) -> Path:
+    """Where the lengths of a split's blocks lie (uint32, one for each); not there for `concat`."""
+    return folder / split / "lengths.npy"

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.buckets import condition_columns, parse_buckets
 from data_prep.errors import UserError, did_you_mean
+from data_prep.packing import CONCAT, PACKINGS
 
 FOLDER = Path(__file__).parent / "datasets"
 COLUMN_TYPES = ("string", "int64", "float64")
@@ -38,10 +39,16 @@ class DatasetEntry:
     keep_columns: dict[str, str] = field(default_factory=dict)  # column -> string, int64 or float64
     buckets: dict[str, str] = field(default_factory=dict)  # name -> condition; used when <dataset>/<name> is asked for
     on_bad_record: str = "fail"
+    packing: str = CONCAT
     val_fraction: float = 0.01
     num_documents: int | None = None
     num_bytes: int | None = None  # UTF-8 bytes of text
     num_tokens: int | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether its blocks have padding."""
+        return self.packing != CONCAT
 
 
 def entry_names() -> list[str]:
@@ -139,6 +146,8 @@ def _find_problems(values: dict[str, Any]):
             yield str(error)
     if values.get("on_bad_record", "fail") not in ON_BAD_RECORD:
         yield f"on_bad_record is {values['on_bad_record']!r} but must be one of {', '.join(ON_BAD_RECORD)}"
+    if values.get("packing", CONCAT) not in PACKINGS:
+        yield f"packing is {values['packing']!r} but must be one of {', '.join(PACKINGS)}"
     if values.get("split", "line") != "line":
         yield f"split is {values['split']!r} but must be line, or be left out: then a file is a document"
     if "split" in values and "document_start" in values:

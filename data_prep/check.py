@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.blocks import Blocks
-from data_prep.documents import DocumentMap, map_path
+from data_prep.blocks import Blocks, lengths_path
+from data_prep.check_packed import check_packed
+from data_prep.documents import DocumentMap, count_cut, map_path
 from data_prep.errors import UserError
 from data_prep.ledger import find_imbalances
 from data_prep.manifest import Manifest, content_fingerprint, load_manifest, sha256_of
+from data_prep.packing import PACKINGS
+from data_prep.pieces import pieces_path
 from data_prep.tokenizer_folder import describe_tokenizer
 
 
@@ -31,7 +34,9 @@ def check_dataset(folder: Path) -> Manifest:
     for split in manifest.splits:
         found = _check_files(folder, manifest, split)
         problems += found or _check_counts(folder, manifest, split)  # a damaged file says nothing about counts
-    expected = content_fingerprint(manifest.tokenizer.sha256, manifest.block_size, manifest.dtype, manifest.splits)
+    expected = content_fingerprint(
+        manifest.tokenizer.sha256, manifest.block_size, manifest.dtype, manifest.splits, manifest.packing
+    )
     if manifest.fingerprint != expected:
         problems.append(
             f"{folder}/manifest.json: fingerprint is {manifest.fingerprint[:12]}... but its own checksums give "
@@ -60,7 +65,13 @@ def _check_files(folder: Path, manifest: Manifest, split: str) -> list[str]:
     problems = []
     info = manifest.splits[split]
     expected = [(shard.file, shard.num_bytes, shard.sha256) for shard in info.shards]
-    expected.append((map_path(folder, split).relative_to(folder).as_posix(), None, info.documents_sha256))
+    for path, sha256 in (
+        (map_path(folder, split), info.documents_sha256),
+        (lengths_path(folder, split), info.lengths_sha256),
+        (pieces_path(folder, split), info.pieces_sha256),
+    ):
+        if sha256 is not None:
+            expected.append((path.relative_to(folder).as_posix(), None, sha256))
     for name, num_bytes, sha256 in expected:
         path = folder / name
         if not path.exists():
@@ -91,6 +102,9 @@ def _check_dataset_files(folder: Path, names: list[str], manifest: Manifest) -> 
 def _check_counts(folder: Path, manifest: Manifest, split: str) -> list[str]:
     """Count tokens, ends of documents and the document map again."""
     info, tokenizer = manifest.splits[split], manifest.tokenizer
+    num_in_shards = sum(shard.num_blocks for shard in info.shards)
+    if info.num_blocks != num_in_shards:
+        return [f"{folder}/manifest.json: {split} has num_blocks {info.num_blocks:,} but its shards {num_in_shards:,}"]
     blocks, documents = Blocks(folder, split), DocumentMap(folder, split)
     problems = []
     first = documents.first_tokens.to_numpy().astype(np.int64)
@@ -103,6 +117,16 @@ def _check_counts(folder: Path, manifest: Manifest, split: str) -> list[str]:
     if len(first) and (first[0] != 0 or (np.diff(first) <= 0).any() or first[-1] >= info.num_tokens):
         problems.append(f"{map_path(folder, split)}: its documents are not one after the other")
         return problems
+    cut = count_cut(map_path(folder, split), info.num_tokens, manifest.block_size, manifest.packing)
+    if info.num_cut is not None and cut != (info.num_cut, info.num_long):
+        problems.append(
+            f"{folder}/{split}: {cut[0]:,} documents are cut and {cut[1]:,} longer than a block but the manifest says "
+            f"{info.num_cut:,} and {info.num_long:,}"
+        )
+    if manifest.packing not in PACKINGS or blocks.is_padded != (info.lengths_sha256 is not None):
+        return [*problems, f"{folder}/manifest.json: packing is {manifest.packing}, which its files are not made by"]
+    if blocks.is_padded:
+        return problems + check_packed(blocks, documents)
     ends = np.append(first[1:], info.num_tokens)[: len(first)]
     num_inside = np.searchsorted(ends, blocks.num_tokens, side="right")  # the others end in the remainder
     num_eos = num_bos = largest = 0

@@ -1,8 +1,9 @@
 """The document map: which text lies at which token of a split.
 
-Out of preparation come documents/<split>.arrow, one row per document in block order, and documents/files.jsonl, one
-line per source file. `documents_between` is the way back from tokens to text: the documents whose tokens fall into a
-range.
+Out of preparation come documents/<split>.arrow, one row per document in order, and documents/files.jsonl, one line per
+source file. `documents_between` is the way back from tokens to text: the documents whose tokens fall into a range of
+the stream, which is all documents one after the other. Where packing moved them (data_prep/pieces.py),
+`DocumentMap.pieces` leads from positions in the blocks to documents, and `ranges` back.
 """
 
 import json
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data_prep.blocks import Blocks
 from data_prep.errors import UserError
+from data_prep.packing import CONCAT
+from data_prep.pieces import PieceMap, pieces_path
 
 ROWS_PER_BATCH = 2**16
 # 24 bytes a document; the kept columns come on top.
@@ -23,7 +27,7 @@ COLUMNS = [("first_token", pa.uint64()), ("source", pa.uint32()), ("record", pa.
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a split: its tokens are [first_token, end_token), its separators included."""
+    """One document of a split: its tokens are [first_token, end_token) of the stream, its separators included."""
 
     number: int
     first_token: int
@@ -34,18 +38,41 @@ class Document:
     columns: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a range of positions in the blocks, [first_token, end_token), holds of one document."""
+
+    document: Document
+    first_token: int
+    end_token: int
+    offset: int  # tokens of the document in front of it
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the document began earlier."""
+        return self.offset > 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the document has more tokens behind it."""
+        num_here = self.end_token - self.first_token
+        return self.offset + num_here < self.document.end_token - self.document.first_token
+
+
 class DocumentMap:
     """The documents of one split, memory-mapped."""
 
     def __init__(self, folder: str | Path, split: str):
-        from data_prep.manifest import load_manifest
-
         self.folder, self.split = Path(folder), split
-        self.num_tokens = load_manifest(self.folder).splits[split].num_tokens
+        blocks = Blocks(self.folder, split)
+        self.num_tokens = blocks.manifest.splits[split].num_tokens
+        self.num_positions = blocks.num_tokens
         path = map_path(self.folder, split)
         try:
             self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
             self.files = [json.loads(line) for line in files_path(self.folder).read_text(encoding="utf-8").splitlines()]
+            path = pieces_path(self.folder, split)
+            self.piece_map = PieceMap(blocks) if blocks.is_padded else None
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} is missing or damaged: {error}. The text behind a token cannot be found. "
@@ -82,6 +109,57 @@ class DocumentMap:
             return
         for number in range(self.number_at(max(first_token, 0)), self.number_at(end_token - 1) + 1):
             yield self.document(number)
+
+    def pieces(self, first: int, end: int) -> Iterator[Piece]:
+        """What the positions [first, end) of the blocks hold, in their order; padding is left out."""
+        if self.piece_map is None:
+            ranges = [(first, min(end, self.num_positions), first)]
+        else:
+            ranges = self.piece_map.pieces(first, end)
+        for start, stop, token in ranges:
+            for document in self.between(token, token + stop - start):
+                begin = max(document.first_token, token)
+                where = start + begin - token
+                num_here = min(document.end_token, token + stop - start) - begin
+                yield Piece(document, where, where + num_here, begin - document.first_token)
+
+    def ranges(self, first_token: int, end_token: int) -> list[tuple[int, int]]:
+        """Where the tokens [first_token, end_token) of the stream lie: (first, end) positions in the blocks, in order.
+
+        What no block holds is left out.
+        """
+        if self.piece_map is not None:
+            return list(self.piece_map.ranges(first_token, end_token))
+        end = min(end_token, self.num_positions)
+        return [(first_token, end)] if first_token < end else []
+
+    def place_of(self, position: int) -> int:
+        """The place in the stream of the token at a position of the blocks; not of padding."""
+        return position if self.piece_map is None else self.piece_map.token_at(position)
+
+    def position_after(self, position: int) -> int | None:
+        """The position of the token that follows in the stream the one at a position; None behind the last block."""
+        token = self.place_of(position) + 1
+        return next((first for first, _ in self.ranges(token, token + 1)), None)
+
+
+def count_cut(path: Path, num_tokens: int, block_size: int, packing: str) -> tuple[int, int]:
+    """(documents that a border of blocks cuts, documents longer than a block), from a document map.
+
+    Args:
+        num_tokens: of the split, where its last document ends.
+    """
+    num_cut = num_long = 0
+    with pa.memory_map(str(path)) as file:
+        firsts = [batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file)]
+    nexts = [each[0] for each in firsts[1:]] + [num_tokens]
+    for first, following in zip(firsts, nexts, strict=True) if firsts else ():
+        last = np.append(first[1:], following) - 1
+        is_long = last - first >= block_size
+        num_long += int(is_long.sum())
+        is_cut = is_long if packing != CONCAT else first // block_size != last // block_size
+        num_cut += int(is_cut.sum())
+    return num_cut, num_long
 
 
 def documents_between(folder: str | Path, split: str, first_token: int, end_token: int) -> list[Document]:

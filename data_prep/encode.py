@@ -6,7 +6,6 @@ record: what became of it, and its part of the document map), and <key>.json wit
 it exists exactly when the others are whole.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from data_prep.arrays import from_list, from_numpy
 from data_prep.buckets import bucket_names, column_names, find_bucket, is_there
@@ -99,8 +99,8 @@ def rows_path(work: Path, key: str) -> Path:
 
 
 def text_hash(data: bytes) -> int:
-    """64 bits of blake2b: decides the split of a document by its text alone, so that equal texts never lie in both."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+    """64 bits of XXH3: decides the split of a document by its text alone, so that equal texts never lie in both."""
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def load_result(work: Path, key: str) -> UnitResult | None:

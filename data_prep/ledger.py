@@ -1,7 +1,8 @@
 """The ledger: what became of every document, byte and token, by source; and the proof that it adds up.
 
 In: the counts of units. Out: the manifest's `ledger`, and a table. Read = empty + bad + filtered + train + validation;
-text tokens + separators = tokens; tokens of all sources = tokens in blocks + one remainder per split.
+text tokens + separators = tokens; tokens of all sources + padding = positions in blocks + one remainder per split. A
+packing has either padding or a remainder.
 """
 
 from dataclasses import dataclass, field
@@ -147,12 +148,15 @@ def find_imbalances(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
             total = sum(entry[name][key] for entry in ledger.values())
             if total != getattr(split, key):
                 problems.append(f"{name}: {key} is {getattr(split, key)} but the sources give {total}")
+        num_positions = split.num_blocks * block_size
         if (
-            split.num_blocks * block_size + split.remainder_tokens != split.num_tokens
-            or split.remainder_tokens >= block_size
+            num_positions + split.remainder_tokens != split.num_tokens + split.num_padding_tokens
+            or not 0 <= split.remainder_tokens < block_size
+            or (split.num_padding_tokens and (split.remainder_tokens or split.lengths_sha256 is None))
         ):
             problems.append(
                 f"{name}: {split.num_blocks} blocks and {split.remainder_tokens} left are not {split.num_tokens} tokens"
+                f" and {split.num_padding_tokens} of padding"
             )
         if sum(shard.num_blocks for shard in split.shards) != split.num_blocks:
             problems.append(f"{name}: the shards do not hold {split.num_blocks} blocks")
@@ -182,8 +186,22 @@ def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
         for line in lines
     ]
     for name, split in splits.items():
-        rows.append(
-            f"{name}: {split.num_tokens:,} tokens = {split.num_blocks:,} blocks x {block_size:,} + "
-            f"{split.remainder_tokens:,} left over"
-        )
+        is_packed = split.lengths_sha256 is not None
+        rest = f"- {split.num_padding_tokens:,} of padding" if is_packed else f"+ {split.remainder_tokens:,} left over"
+        rows.append(f"{name}: {split.num_tokens:,} tokens = {split.num_blocks:,} blocks x {block_size:,} {rest}")
+        rows += [f"  {line}" for line in describe_packing(split, block_size)]
     return "\n".join(rows)
+
+
+def describe_packing(split: SplitInfo, block_size: int) -> list[str]:
+    """What the blocks of a split cost: padding, and documents that are cut."""
+    lines = []
+    if split.lengths_sha256 is not None:
+        share = split.num_padding_tokens / max(1, split.num_blocks * block_size)
+        lines.append(f"padding: {split.num_padding_tokens:,} positions, {100 * share:.3f} % of all")
+    if split.num_cut is not None and split.num_documents:
+        lines.append(
+            f"cut by a block's border: {split.num_cut:,} of {split.num_documents:,} documents "
+            f"({100 * split.num_cut / split.num_documents:.2f} %; {split.num_long:,} are longer than a block)"
+        )
+    return lines

@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.catalog import entry_names, split_bucket
 from data_prep.errors import UserError
+from data_prep.packing import CONCAT
 from data_prep.paths import data_dir
 
 FORMAT_VERSION = 1
@@ -51,7 +52,8 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split: `num_tokens` counts separators too and equals num_blocks * block_size + remainder_tokens."""
+    """One split: `num_tokens` counts separators too; with `num_padding_tokens` it equals num_blocks * block_size +
+    remainder_tokens."""
 
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents' text
@@ -60,6 +62,11 @@ class SplitInfo:
     remainder_tokens: int
     documents_sha256: str  # of documents/<split>.arrow
     shards: tuple[ShardInfo, ...]
+    num_cut: int | None = None  # documents that a border of blocks cuts; None: made before they were counted
+    num_long: int | None = None  # documents longer than a block, which are cut in every packing
+    num_padding_tokens: int = 0
+    lengths_sha256: str | None = None  # of <split>/lengths.npy and documents/<split>-pieces.arrow; None for concat
+    pieces_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,18 +84,25 @@ class Manifest:
     splits: dict[str, SplitInfo]
     ledger: dict[str, dict[str, Any]]
     settings: dict[str, Any]
+    packing: str = CONCAT
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
     def num_train_tokens(self) -> int:
-        """Tokens in the blocks of the train split."""
-        return self.splits["train"].num_blocks * self.block_size
+        """Tokens in the blocks of the train split, without padding."""
+        train = self.splits["train"]
+        return train.num_blocks * self.block_size - train.num_padding_tokens
 
 
-def content_fingerprint(tokenizer_sha256: str, block_size: int, dtype: str, splits: dict[str, SplitInfo]) -> str:
+def content_fingerprint(
+    tokenizer_sha256: str, block_size: int, dtype: str, splits: dict[str, SplitInfo], packing: str = CONCAT
+) -> str:
     """sha256 (hex) over the tokenizer, the block size and every shard's checksum: equal exactly when the blocks are."""
     shards = {name: [shard.sha256 for shard in split.shards] for name, split in splits.items()}
-    text = json.dumps([FORMAT_VERSION, tokenizer_sha256, block_size, dtype, shards], sort_keys=True)
+    parts = [FORMAT_VERSION, tokenizer_sha256, block_size, dtype, shards]
+    if packing != CONCAT:
+        parts += [packing, {name: split.lengths_sha256 for name, split in splits.items()}]
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -169,6 +183,11 @@ def sha256_of(path: Path) -> str:
     """The sha256 (hex) of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fill_token_id(tokenizer: TokenizerInfo) -> int:
+    """The id that padding is written as: the tokenizer's own for it, else EOS."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

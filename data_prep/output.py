@@ -6,15 +6,26 @@ folder; and its manifest, which is not written here: all datasets of a preparati
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.align import Taken, write_document_map, write_split
-from data_prep.documents import files_path
+from data_prep.documents import count_cut, files_path, map_path
 from data_prep.ledger import LedgerError, find_imbalances
-from data_prep.manifest import SPLITS, Manifest, SplitInfo, TokenizerInfo, content_fingerprint, token_dtype
+from data_prep.manifest import (
+    SPLITS,
+    Manifest,
+    SplitInfo,
+    TokenizerInfo,
+    content_fingerprint,
+    fill_token_id,
+    token_dtype,
+)
+from data_prep.packing import CONCAT
 from data_prep.plan import Plan, describe_files
 from data_prep.sources import SourceFile
+from data_prep.write_packed import write_packed_split
 
 
 def write_dataset(
@@ -43,25 +54,39 @@ def write_dataset(
     write_whole(files_path(folder), describe_files(files, plan.sources))
     splits = {}
     for split in SPLITS:
-        shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype)
         counts = [entry[split] for entry in ledger.values()]
-        num_tokens, num_blocks = sum(each["num_tokens"] for each in counts), sum(shard.num_blocks for shard in shards)
+        num_tokens = sum(each["num_tokens"] for each in counts)
+        padding: dict[str, Any] = {}
+        if plan.packing == CONCAT:
+            shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype)
+            remainder = num_tokens - sum(shard.num_blocks for shard in shards) * plan.block_size
+        else:
+            packed = write_packed_split(
+                folder, plan.work, (number, bucket), split, taken, plan.block_size, dtype, plan.packing,
+                fill_token_id(tokenizer),
+            )  # fmt: skip
+            shards, remainder = packed.shards, 0
+            names = ("num_padding_tokens", "lengths_sha256", "pieces_sha256")
+            padding = {name: getattr(packed, name) for name in names}
         splits[split] = SplitInfo(
             num_documents=sum(each["num_documents"] for each in counts),
             num_bytes=sum(each["num_bytes"] for each in counts),
             num_tokens=num_tokens,
-            num_blocks=num_blocks,
-            remainder_tokens=num_tokens - num_blocks * plan.block_size,
+            num_blocks=sum(shard.num_blocks for shard in shards),
+            remainder_tokens=remainder,
             documents_sha256=write_document_map(folder, plan.work, number, split, taken, plan.keep_columns),
             shards=shards,
+            **padding,
         )
+        num_cut, num_long = count_cut(map_path(folder, split), num_tokens, plan.block_size, plan.packing)
+        splits[split] = replace(splits[split], num_cut=num_cut, num_long=num_long)
     problems = find_imbalances(ledger, splits, plan.block_size)
     if problems:
         raise LedgerError(f"{folder}: the ledger does not balance, so no manifest is written:\n" + "\n".join(problems))
     return Manifest(
         dataset=f"{plan.dataset}/{bucket}" if bucket else plan.dataset,
         licence=", ".join(dict.fromkeys(source.entry.licence for source in plan.sources)),
-        fingerprint=content_fingerprint(tokenizer.sha256, plan.block_size, str(dtype), splits),
+        fingerprint=content_fingerprint(tokenizer.sha256, plan.block_size, str(dtype), splits, plan.packing),
         block_size=plan.block_size,
         dtype=str(dtype),
         encoder=encoder,
@@ -70,6 +95,7 @@ def write_dataset(
         splits=splits,
         ledger=ledger,
         settings=plan.settings(),
+        packing=plan.packing,
     )
 
 

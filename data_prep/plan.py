@@ -44,6 +44,7 @@ class Options:
     split_lines: bool = False
     buckets: Sequence[str] | None = None  # name=condition
     encoder: str = "auto"  # or hf
+    packing: str | None = None  # one of PACKINGS
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Plan:
     max_docs: int | None
     keep_columns: dict[str, str]  # of all sources together, and those that the buckets are by
     buckets: tuple[Bucket, ...]
+    packing: str
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -110,6 +112,7 @@ class Plan:
             "local_files": digest_files(self.local_files),
             "tokenizer": self.tokenizer,
             "block_size": self.block_size,
+            "packing": self.packing,
             "val_fraction": self.val_fraction,
             "val_max_tokens": self.val_max_tokens,
             "max_tokens": self.max_tokens,
@@ -158,6 +161,7 @@ def make_plan(options: Options) -> Plan:
         max_docs=options.max_docs,
         keep_columns={**kept, **condition_columns(buckets, kept, "prep: --buckets ")},
         buckets=buckets,
+        packing=options.packing or _only_default("--packing", [entry.packing for entry in entries]),
     )
 
 
@@ -214,7 +218,7 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
     estimate = max(int(min(estimate, plan.max_tokens or estimate)), 1)
     fraction = min(plan.val_fraction, plan.val_max_tokens / estimate)
     return {
-        "hash": "blake2b-64 of the UTF-8 text, big-endian",
+        "hash": "XXH3, 64 bits, of the UTF-8 text",
         "threshold": int(fraction * 2**64),
         "fraction": fraction,
         "estimated_tokens": estimate,

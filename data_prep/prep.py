@@ -23,17 +23,20 @@ from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
 from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
 from data_prep.output import write_dataset, write_whole
+from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_encoder, give_up
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
-from data_prep.sources import MAX_HASHED_BYTES, SourceFile
+from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
-from data_prep.tokenizer_training import DEFAULT_SAMPLE_BYTES, ControlTokens, iter_sample, train_tokenizer
+from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
+from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
+READ_TWICE_BYTES = 32_000_000  # of input: a moment
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
 
 
@@ -156,7 +159,7 @@ def _is_small_and_strict(plan: Plan) -> bool:
     is_local = all(source.entry.path is not None for source in plan.sources)
     size = sum(file.size for files in plan.local_files.values() for file in files)
     is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources)
-    return is_local and size <= MAX_HASHED_BYTES and is_strict and plan.max_tokens is None
+    return is_local and size <= READ_TWICE_BYTES and is_strict and plan.max_tokens is None
 
 
 def train_from_sources(
@@ -195,7 +198,7 @@ def train_from_sources(
 def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) -> TokenizerInfo:
     """The tokenizer in the dataset's folder; trained or loaded unless an earlier attempt did it from the same input."""
     folder, done = plan.tokenizer_folder, work / TOKENIZER_DONE
-    key = json.dumps({**plan.settings(), "block_size": None, "threshold": threshold}, sort_keys=True)
+    key = json.dumps({**plan.settings(), "block_size": None, "packing": None, "threshold": threshold}, sort_keys=True)
     if folder.exists() and done.exists() and done.read_text(encoding="utf-8") == key:
         return describe_tokenizer(folder, plan.tokenizer)
     temporary = work / "tokenizer"
@@ -279,7 +282,7 @@ def _check_values(plan: Plan, stream: Stream) -> None:
 def _check_length(plan: Plan, stream: Stream) -> None:
     for number, folder in enumerate(plan.outputs.values()):
         num_tokens = sum(counts[number].splits["train"].num_tokens for counts in stream.counts.values())
-        if num_tokens < plan.block_size:
+        if num_tokens < (plan.block_size if plan.packing == CONCAT else 1):
             _remove(plan, ("tokenizer",))
             where = f"{folder} ({plan.buckets[number].condition})" if plan.buckets else str(folder)
             raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.documents import files_path
 from data_prep.errors import UserError
 from data_prep.manifest import MANIFEST_NAME, load_manifest, prep_command
+from data_prep.packing import CONCAT
 from data_prep.plan import Plan, other_folder
 from data_prep.sources import SourceFile
 
@@ -41,7 +42,8 @@ def is_complete(plan: Plan) -> bool:
     request_path = plan.work / REQUEST_NAME
     if request_path.exists():
         earlier = json.loads(request_path.read_text(encoding="utf-8"))
-        for key in ("tokenizer", "block_size"):
+        earlier = {"packing": CONCAT, **earlier}
+        for key in ("tokenizer", "block_size", "packing"):
             if not _is_same_tokenizer(earlier[key], plan.settings()[key], None):
                 _refuse_key(plan, plan.folder, key, earlier[key], "holds an interrupted preparation")
         begun = [plan.folder / name for name in earlier.get("buckets", {})]
@@ -78,9 +80,10 @@ def _refuse_other(plan: Plan, folder: Path, earlier: dict[str, Any], tokenizer_s
     now = json.loads(json.dumps(plan.settings()))
     if not _is_same_tokenizer(earlier["tokenizer"], now["tokenizer"], tokenizer_sha256):
         _refuse_key(plan, folder, "tokenizer", earlier["tokenizer"], what)
-    if earlier["block_size"] != now["block_size"]:
-        _refuse_key(plan, folder, "block_size", earlier["block_size"], what)
-    earlier = {"buckets": {}, **earlier}  # which manifests did not always have
+    earlier = {"buckets": {}, "packing": CONCAT, **earlier}  # which manifests did not always have
+    for key in ("block_size", "packing"):
+        if earlier[key] != now[key]:
+            _refuse_key(plan, folder, key, earlier[key], what)
     for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "sources"):
         if earlier[key] != now[key]:
             _refuse_setting(plan, folder, key, earlier[key], now[key])
@@ -108,12 +111,14 @@ def _remove_command(plan: Plan) -> str:
 
 def _refuse_key(plan: Plan, folder: Path, key: str, earlier: Any, what: str) -> None:
     now = plan.settings()[key]
-    suffix = _describe_tokenizer(now).rstrip("/").split("/")[-1].replace(":", "-") if key == "tokenizer" else str(now)
+    suffix = str(now).replace("_", "-")
+    if key == "tokenizer":
+        suffix = _describe_tokenizer(now).rstrip("/").split("/")[-1].replace(":", "-")
     shown = [_describe_tokenizer(value) if key == "tokenizer" else value for value in (earlier, now)]
     raise UserError(
         f"{folder}: {what} with {key} {shown[0]} but {key} {shown[1]} is asked for. Nothing is overwritten. "
         f"Prepare it beside the other: {other_folder(plan, suffix)} "
-        f"{'TOKENIZER' if key == 'tokenizer' else 'BLOCK_SIZE'}={shown[1]}"
+        f"{key.upper()}={shown[1]}"
     )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from data_prep.blocks import Blocks
 from data_prep.catalog import entry_names, load_entry
-from data_prep.documents import Document, DocumentMap, documents_between
+from data_prep.documents import Document, DocumentMap
+from data_prep.ledger import describe_packing
 from data_prep.manifest import Manifest, load_manifest
 from data_prep.sizes import format_bytes, format_count
 from data_prep.tokenizer_folder import load_backend
@@ -28,15 +29,23 @@ def iter_inspection(folder: Path, split: str, num_documents: int, num_blocks: in
     for number in range(first, min(first + num_documents, len(documents))):
         document = documents.document(number)
         yield f"\n=== document {number:,}: {describe_document(document)}"
-        yield decode(folder, blocks, document.first_token, document.end_token)
+        ranges = documents.ranges(document.first_token, document.end_token)
+        num_left = document.end_token - document.first_token - sum(end - first for first, end in ranges)
+        yield decode(folder, blocks, ranges) + (
+            f"\n[... {num_left:,} tokens lie beyond the last block]" if num_left else ""
+        )
     for number in range(min(num_blocks, blocks.num_blocks)):
         start, end = number * blocks.block_size, (number + 1) * blocks.block_size
         yield f"\n=== block {number:,}: tokens {start:,} to {end:,}"
-        for document in documents_between(folder, split, start, end):
-            goes_on = " (begun in an earlier block)" if document.first_token < start else ""
-            yield f"--- document {document.number:,}{goes_on}: {describe_document(document)}"
-            yield decode(folder, blocks, max(document.first_token, start), min(document.end_token, end))
-            yield "--- end of document" if document.end_token <= end else "--- goes on in the next block"
+        for piece in documents.pieces(start, end):
+            begun = " (begun in an earlier block)" if piece.is_begun else ""
+            yield f"--- document {piece.document.number:,}{begun}: {describe_document(piece.document)}"
+            yield decode(folder, blocks, [(piece.first_token, piece.end_token)])
+            following = "another" if blocks.is_padded else "the next"
+            yield f"--- goes on in {following} block" if piece.goes_on else "--- end of document"
+        num_padding = blocks.block_size - int(blocks.lengths_of(np.array(number)))
+        if num_padding:
+            yield f"--- {num_padding:,} of padding"
     if manifest.splits[split].remainder_tokens:
         yield f"\n{manifest.splits[split].remainder_tokens:,} tokens at the end of the split fill no block."
 
@@ -48,21 +57,14 @@ def describe_document(document: Document) -> str:
     return f"{document.source}, record {document.record}, {document.num_bytes:,} bytes, {num_tokens:,} tokens{kept}"
 
 
-def decode(folder: Path, blocks: Blocks, first_token: int, end_token: int) -> str:
-    """Tokens [first_token, end_token) as text with control tokens, without a long middle and what no block holds."""
+def decode(folder: Path, blocks: Blocks, ranges: list[tuple[int, int]]) -> str:
+    """The tokens at these positions of the blocks as text with control tokens, without a long middle."""
     backend = load_backend(folder / "tokenizer")
-    end = min(end_token, blocks.num_tokens)
-    if end - first_token <= 2 * MAX_SHOWN_TOKENS:
-        text = backend.decode(
-            blocks.token_at(np.arange(first_token, max(end, first_token))).tolist(), skip_special_tokens=False
-        )
-    else:
-        edges = [np.arange(first_token, first_token + MAX_SHOWN_TOKENS), np.arange(end - MAX_SHOWN_TOKENS, end)]
-        head, tail = (backend.decode(blocks.token_at(edge).tolist(), skip_special_tokens=False) for edge in edges)
-        text = f"{head}\n[... {end - first_token - 2 * MAX_SHOWN_TOKENS:,} tokens not shown ...]\n{tail}"
-    return text + (
-        f"\n[... {end_token - max(end, first_token):,} tokens lie beyond the last block]" if end_token > end else ""
-    )
+    positions = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(first, end) for first, end in ranges)])
+    num_left = len(positions) - 2 * MAX_SHOWN_TOKENS
+    shown = [positions] if num_left <= 0 else [positions[:MAX_SHOWN_TOKENS], positions[-MAX_SHOWN_TOKENS:]]
+    texts = [backend.decode(blocks.token_at(each).tolist(), skip_special_tokens=False) for each in shown]
+    return f"\n[... {num_left:,} tokens not shown ...]\n".join(texts)
 
 
 def describe_statistics(folder: Path) -> str:
@@ -73,7 +75,7 @@ def describe_statistics(folder: Path) -> str:
     manifest = load_manifest(folder)
     lines = [
         f"{folder}: vocabulary {manifest.tokenizer.vocab_size:,}, {manifest.dtype}, blocks of "
-        f"{manifest.block_size:,} tokens, "
+        f"{manifest.block_size:,} tokens ({manifest.packing}), "
         f"licence {manifest.licence}"
     ]
     for name, split in manifest.splits.items():
@@ -86,6 +88,7 @@ def describe_statistics(folder: Path) -> str:
                 f"  {split.num_bytes / split.num_tokens:.3f} bytes per token, "
                 f"{split.num_tokens / split.num_documents:,.1f} tokens per document"
             )
+        lines += [f"  {line}" for line in describe_packing(split, manifest.block_size)]
     counts = count_tokens(folder, manifest)
     lines.append(f"unigram entropy of train: {unigram_entropy(counts):.4f} nats per token")
     lines.append(f"entries of the vocabulary that train never uses: {int((counts == 0).sum()):,} of {len(counts):,}")
@@ -98,6 +101,7 @@ def count_tokens(folder: Path, manifest: Manifest) -> np.ndarray:
     counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
     for shard in range(len(manifest.splits["train"].shards)):
         counts += np.bincount(blocks.shard_tokens(shard), minlength=len(counts))
+    counts[blocks.fill_token_id] -= manifest.splits["train"].num_padding_tokens
     return counts
 
 

@@ -66,6 +66,20 @@ class Stream:
         """The train units of one source."""
         return self._units_of(number, "train")
 
+    def sample_units(self, number: int, num_bytes: int, draw: Callable[[str], int]) -> list[Unit]:
+        """Train units of a source for a sample of so many bytes: all, but of the Hub's files only as many as needed.
+
+        Args:
+            draw: a file's place in the order in which they are taken, by its name.
+        """
+        source = self.sources[number]
+        files = [(index, file) for index, (n, file) in enumerate(self.files) if n == number and file.split == "train"]
+        if source.entry.repository:  # a file is downloaded whole
+            drawn, files = sorted(files, key=lambda item: draw(item[1].name)), []
+            while drawn and sum(file.size for _, file in files) < num_bytes:
+                files.append(drawn.pop(0))
+        return list(iter_units(source, number, sorted(files, key=lambda item: item[0]), "train", self.fetch))
+
     def reading(self, number: int) -> Reading:
         """How the source's records become documents."""
         entry = self.sources[number].entry

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer on the first bytes of the sources.
+"""Training a byte-level BPE tokenizer.
 
 In: texts and a vocabulary size. Out: a tokenizer folder that `AutoTokenizer.from_pretrained(folder)` and
 `tokenizers.Tokenizer.from_file(folder/tokenizer.json)` both load. The size is exact and counts the 256 bytes and the
@@ -8,19 +8,11 @@ a document ends.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from data_prep.encode import text_hash
 from data_prep.errors import UserError
-from data_prep.progress import Progress
-from data_prep.readers import read_records
-from data_prep.stream import Stream
-
-# Source: GPT-2's pre-tokenizer (openai/gpt-2, src/encoder.py), which ByteLevel(use_regex=True) of the tokenizers
-# library applies.
-DEFAULT_SAMPLE_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -31,37 +23,6 @@ class ControlTokens:
     eos: str = "[EOT]"
     pad: str = "[PAD]"
     unk: str = "[UNK]"
-
-
-def iter_sample(stream: Stream, threshold: int, sample_bytes: int, progress: Progress) -> Iterator[str]:
-    """The first train documents of all sources, within the byte budget, which the sources share by size.
-
-    Validation is never seen.
-    """
-    sizes = [
-        sum(file.size for source, file in stream.files if source == number) for number in range(len(stream.sources))
-    ]
-    num_documents_all = 0
-    for number, source in enumerate(stream.sources):
-        budget = sample_bytes * sizes[number] // max(sum(sizes), 1)
-        num_documents = 0
-        for unit in stream.train_units(number):
-            for record in read_records(unit.pieces, stream.reading(number)):
-                if not record.text or record.problem is not None:
-                    continue
-                if budget <= 0 or num_documents == source.max_documents or num_documents_all == stream.max_docs:
-                    break
-                num_documents, num_documents_all = num_documents + 1, num_documents_all + 1
-                data = record.text.encode()
-                if not source.has_official_validation and text_hash(data) < threshold:
-                    continue
-                budget -= len(data)
-                progress.add_text(len(data), 0)
-                yield record.text
-            else:
-                progress.add_input(unit.num_bytes)
-                continue
-            break
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, control: ControlTokens) -> None:
@@ -80,6 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, control
         "TOKENIZERS_PARALLELISM", None
     )  # counting words uses all cores; workers are not forked, so nothing can hang
     tokenizer = Tokenizer(models.BPE(unk_token=None, byte_fallback=False))
+    # Source: GPT-2's pre-tokenizer (openai/gpt-2, src/encoder.py), which use_regex=True applies.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

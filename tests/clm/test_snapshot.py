@@ -1,7 +1,8 @@
 import numpy as np
 import torch
 
-from clm.snapshot import available_memory, copy_to_host, num_bytes_to_copy
+from clm.snapshot import copy_to_host, num_bytes_to_copy
+from data_prep.memory import available_memory
 
 
 def make_state():

@@ -232,7 +232,7 @@ def test_changed_input_is_refused_and_says_what_changed(tmp_path, complete, fail
 def test_a_bad_record_that_is_mended_costs_only_its_own_unit(tmp_path, fails, small_tokenizer, monkeypatch):
     from data_prep import encode, workers
 
-    monkeypatch.setattr("data_prep.prep.MAX_HASHED_BYTES", 0)  # as a corpus too large to be read twice
+    monkeypatch.setattr("data_prep.prep.READ_TWICE_BYTES", 0)  # as a corpus too large to be read twice
     (tmp_path / "notes").mkdir()
     for name in "abc":
         write_jsonl(tmp_path / "notes" / f"{name}.jsonl", [GOOD + name])

@@ -61,7 +61,7 @@ def test_control_tokens_must_differ(tmp_path, fails, corpus):
     assert "must be four different words" in message
 
 
-def test_the_sample_is_the_first_bytes_without_validation(tmp_path, small_tokenizer):
+def test_the_sample_keeps_to_its_budget(tmp_path, small_tokenizer):
     texts = ["aaaa bbbb " * 50, "cccc dddd " * 50, "zzzz yyyy " * 5000]
     source = write_jsonl(tmp_path / "x.jsonl", texts)
     command = ("train-tokenizer", source, "--vocab-size", 264, "--sample-bytes", 900, "--out", tmp_path / "out")
