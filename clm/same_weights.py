@@ -7,6 +7,7 @@ A parameter counts by the sum of its elements' bits, so processes that hold shar
 from __future__ import annotations
 
 import hashlib
+import resource
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from clm.fsdp import local_of
 from clm.metrics import log
 from clm.sharded import is_own_shard
 from data_prep.errors import UserError
+from data_prep.sizes import format_bytes
 
 if TYPE_CHECKING:
     from clm.trainer import ClmTrainer
@@ -39,7 +41,8 @@ def check_first_weights(trainer: ClmTrainer) -> str:
         for (name, p), number in zip(parameters.items(), sums.tolist(), strict=True)
     ]
     own = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-    hashes = gather_object([own]) if args.world_size > 1 else [own]
+    answer = (own, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    hashes, peaks = zip(*(gather_object([answer]) if args.world_size > 1 else [answer]), strict=True)
     others = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
     if others:
         raise UserError(
@@ -47,7 +50,8 @@ def check_first_weights(trainer: ClmTrainer) -> str:
             "versions and recipe are the same. Its base model's files may differ (model.init), or its hardware "
             "computes wrongly. Nothing was trained."
         )
-    log.info("first weights %s%s", own, f", the same on {args.world_size} processes" if args.world_size > 1 else "")
+    everywhere = f", the same on {args.world_size} processes" if args.world_size > 1 else ""
+    log.info("first weights %s%s; peak of host memory so far %s", own, everywhere, format_bytes(max(peaks)))
     return own
 
 
