@@ -79,7 +79,7 @@ def test_zero_on_two_processes_gives_the_losses_and_the_weights_of_one(train, re
 
 @pytest.mark.slow
 def test_a_base_models_weights_are_the_same_under_every_launcher(train, recipe):
-    base = train("data.tokens=512", name="base") / "final"
+    base = train("data.tokens=2560", name="base") / "final"
     short = ["model.config=null", f"model.init={base}", "data.tokens=512", "data.validation=[]"]
     expected = first_weights(train(*short, name="one"))
     assert expected != first_weights(base.parent)
