@@ -63,4 +63,8 @@ def _sum_of_bits(parameter: Any, rank: int) -> torch.Tensor:
         values = local_of(parameter)[:0]  # of another copy of HSDP
     else:
         values = local_of(parameter)
-    return values.contiguous().view(torch.int32).sum(dtype=torch.int64).cpu()
+    bits = values.contiguous().view(torch.int32).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for piece in bits.split(2**20):  # torch makes an int64 copy of what it adds up
+        total += piece.sum(dtype=torch.int64)
+    return total.cpu()
