@@ -52,7 +52,7 @@ FSDP2 = {
 }
 
 # What a run writes beside its checkpoints: not part of a save.
-NOT_A_SAVE = ".jsonl:train.log:curve.svg:recipe.yaml:recipe.tmp:.lock:final"
+NOT_A_SAVE = ".jsonl:train.log:curve.svg:recipe.yaml:recipe.tmp:.lock:final:.ranks"
 
 
 class Fault(NamedTuple):
