@@ -83,8 +83,8 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
             problems.add(f"training.{name}", "is true, which is not tested with FSDP2. Remove it.")
 
 
-def configure_cpu(timeout: timedelta) -> dict[str, Any]:
-    """FSDP2 without a GPU, which accelerate would silently turn into DDP: what TrainingArguments need for it.
+def configure_cpu(timeout: timedelta) -> None:
+    """Make the process group for FSDP2 without a GPU, which accelerate would silently turn into DDP.
 
     It says of the process group, which is gloo's, what it says of several GPUs (accelerate/state.py). For trying out
     and for tests: that is a private attribute of accelerate.
@@ -104,7 +104,6 @@ def configure_cpu(timeout: timedelta) -> dict[str, Any]:
         )
     PartialState(cpu=True, timeout=timeout)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return {"use_cpu": True, "accelerator_config": {"use_configured_state": True}}
 
 
 @contextlib.contextmanager

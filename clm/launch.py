@@ -92,7 +92,12 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
                 "use_configured_state": True,
             }
         elif is_fsdp():
-            derived |= configure_cpu(_timeout(plan))
+            configure_cpu(_timeout(plan))
+            derived["use_cpu"] = True
+            derived["accelerator_config"] = {
+                **plan.training.get("accelerator_config", {}),
+                "use_configured_state": True,
+            }
         elif plan.num_processes > 1:
             from accelerate import PartialState
 
@@ -197,7 +202,7 @@ def pick_checkpoint(plan: Plan) -> tuple[Path | None, dict[str, Any]]:
             f"{checkpoint}: was made with version {facts['order_version']} of the data order, this code has "
             f"{ORDER_VERSION}. It would see other data. Check out the code it was made with."
         )
-    check_layout(checkpoint, facts, plan.num_processes)
+    check_layout(checkpoint, facts, plan)
     for newer in [path for step, path in list_weights(run) if step > facts["step"]]:
         log.warning("%s: holds weights only, so the run continues from before it.", newer)
     log.info(

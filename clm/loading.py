@@ -17,18 +17,19 @@ from clm.sharded import METADATA, SHARDED, is_sharded, load_model, load_optimize
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
+    from clm.plan import Plan
     from clm.trainer import ClmTrainer
 
 
-def check_layout(checkpoint: Path, facts: dict[str, Any], num_processes: int) -> None:
+def check_layout(checkpoint: Path, facts: dict[str, Any], plan: Plan) -> None:
     """Refuse a checkpoint that this launch cannot read.
 
     Raises:
         UserError: DeepSpeed's checkpoint without DeepSpeed or with another number of processes, or the reverse.
     """
     is_engines = any(name.startswith("global_step") for name in facts["files"])
-    wants_engine = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    before = facts["num_processes"]
+    wants_engine = bool(plan.training.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    before, num_processes = facts["num_processes"], plan.num_processes
     if is_engines and (not wants_engine or before != num_processes):
         what = f"with {num_processes} processes" if wants_engine else "without DeepSpeed"
         raise UserError(
