@@ -27,7 +27,7 @@ LAUNCH_ARGS =
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo datasets prep inspect check train extend anneal sample explain verify export push lint test test-slow supported-python
+.PHONY: help install demo datasets prep inspect stat check train extend anneal sample explain verify export push lint test test-slow supported-python
 
 PY := .venv/bin/python
 
@@ -81,8 +81,11 @@ else
 	$(PY) -m data_prep prep "$(DATASET)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(BLOCK_SIZE),--block-size "$(BLOCK_SIZE)") $(if $(PACKING),--packing "$(PACKING)") $(if $(OUT),--out "$(OUT)") $(PREP_ARGS)
 endif
 
-inspect: need-DATASET $(INSTALLED) ## Show raw documents and decoded blocks: DATASET=stdlib
+inspect: need-DATASET $(INSTALLED) ## Show documents, and open blocks with the borders of documents marked: DATASET=stdlib ARGS="--show 3"
 	@$(PY) -m data_prep inspect "$(DATASET)" $(ARGS)
+
+stat: need-DATASET $(INSTALLED) ## Count what is in a prepared dataset, and draw it as one HTML page: DATASET=stdlib
+	@$(PY) -m data_prep stat "$(DATASET)" $(ARGS)
 
 check: $(if $(RECIPE),need-RECIPE,need-DATASET) $(INSTALLED) ## Recount a prepared dataset from its files: DATASET=stdlib (or check a recipe: RECIPE=recipes/demo.yaml)
 	@$(PY) -m $(if $(RECIPE),clm check "$(RECIPE)",data_prep check "$(DATASET)") $(ARGS)
@@ -162,5 +165,5 @@ $(INSTALLED): $(MADE)
 	@touch "$@"
 
 $(TESTABLE): $(INSTALLED)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb]'
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb,corpus]'
 	@touch "$@"

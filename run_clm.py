@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 2. The launch: as many processes as were asked for, each on its device.
+    from clm.fsdp import check_devices
     from clm.launch import check_launch, hold_run, make_arguments
     from clm.roll_call import RollCall
 
@@ -83,8 +84,11 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         plan = make_plan(recipe, num_processes, arguments.dry_run)
+        if not arguments.dry_run:
+            check_devices()
     except UserError as error:
-        roll_call.report_failure(error)
+        if not arguments.dry_run:
+            roll_call.report_failure(error)
         raise
     if arguments.dry_run:
         if os.environ.get("RANK", "0") == "0":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from clm.timeline import Stage, Timeline
 
 FILLER = -1  # a sample number: a block without targets, where a global batch does not divide (run.uneven_batch)
+_LOOK_UP = 4096  # samples whose blocks are found at once
 IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -99,6 +100,7 @@ class TrainBlocks(torch.utils.data.Dataset):
         self.block_size = block_size
         self.num_samples = num_samples
         self.controls = [None if permute_seed is None else PermutedTargets(s, permute_seed) for s in splits]
+        self._found: tuple[int, np.ndarray, np.ndarray] | None = None  # first sample, and each one's dataset and block
 
     def __len__(self) -> int:
         return self.num_samples
@@ -109,7 +111,8 @@ class TrainBlocks(torch.utils.data.Dataset):
     def __getitems__(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Inputs and targets of a whole micro-batch at once, rows in the order of the samples, and the samples."""
         numbers = np.asarray(samples)
-        dataset, block = self.order.block_at(np.maximum(numbers, 0))
+        known = np.where(numbers == FILLER, max(numbers.max(), 0), numbers)  # a filler needs no block of its own
+        dataset, block = self._find(known.tolist())
         shape = (len(samples), self.splits[0].block_size)
         inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
         for j, split in enumerate(self.splits):
@@ -117,6 +120,17 @@ class TrainBlocks(torch.utils.data.Dataset):
             if mine.size:
                 inputs[mine], targets[mine] = read_blocks(split, block[mine], self.controls[j])
         return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size), samples
+
+    def _find(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`order.block_at`, asked for many samples at once: for a micro-batch alone it takes longer than reading it."""
+        first = samples[0] // _LOOK_UP * _LOOK_UP
+        if self._found is None or self._found[0] != first:
+            self._found = (first, *self.order.block_at(np.arange(first, first + _LOOK_UP)))
+        _, dataset, block = self._found
+        places = np.asarray(samples) - first
+        if places.min() < 0 or places.max() >= _LOOK_UP:
+            return self.order.block_at(np.asarray(samples))
+        return dataset[places], block[places]
 
 
 def collate(

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from clm.block_text import BlockText, Vocabulary, mean, read_block
+from clm.block_text import BlockText, mean, read_block
 from clm.explain_html import write_html
-from clm.explain_text import format_explanation, has_colours
+from clm.explain_text import format_explanation
 from clm.replay import Replay, open_replay
 from clm.run_folder import find_run, list_checkpoints, list_weights, model_folder, read_metrics, read_recipe
 from data_prep.documents import DocumentMap
 from data_prep.errors import UserError, did_you_mean
 from data_prep.manifest import MANIFEST_NAME
+from data_prep.vocabulary import Vocabulary, has_colours
 
 MAX_TOKENS = 2**17  # of text in one report: 5 MB of HTML, which a browser still opens at once
 FINAL, NONE = "final", "none"  # words for --checkpoint
@@ -50,7 +51,7 @@ class RunText:
     def __init__(self, replay: Replay):
         self.replay = replay
         self.newest = newest_step(replay.run)
-        self.vocabulary = Vocabulary(replay.tokenizer())
+        self.vocabulary = Vocabulary(replay.splits[0].folder)
         folders = [Path(name).name if Path(name).is_absolute() else name for name in replay.dataset_names]
         self.names = folders if len(set(folders)) == len(folders) else replay.dataset_names
         self.notes: list[str] = []

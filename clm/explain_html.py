@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clm.block_text import BlockText, Vocabulary, describe_part, mean, show_unseen
+from clm.block_text import BlockText, mean
 from clm.explain_text import describe_place, loss_class, loss_names, table_of
 from data_prep.blocks import NO_TARGET
+from data_prep.parts import describe_part
+from data_prep.vocabulary import Vocabulary, show_unseen
 
 if TYPE_CHECKING:
     from clm.explain import Explanation

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clm.block_text import describe_document, find_parts, on_one_line, show_unseen
 from clm.explain import RunText, open_text
 from clm.run_folder import find_run
 from clm.search import Matches, TextPattern, find_token
 from data_prep.blocks import Blocks
 from data_prep.documents import DocumentMap
 from data_prep.errors import UserError
+from data_prep.parts import describe_document, find_parts
 from data_prep.sizes import format_bytes
+from data_prep.vocabulary import on_one_line, show_unseen
 
 _CONTEXT_BYTES = 40  # shown on each side of an occurrence
 MAX_KEPT = 2_000  # occurrences whose steps are worked out, at a millisecond each; all are counted

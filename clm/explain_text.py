@@ -7,13 +7,14 @@ is set, or this is no terminal) each block names its most surprising tokens in w
 from __future__ import annotations
 
 import math
-import os
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clm.block_text import BlockText, Vocabulary, describe_part, show_unseen
+from clm.block_text import BlockText
 from data_prep.blocks import NO_TARGET
+from data_prep.parts import describe_part
+from data_prep.vocabulary import Vocabulary, show_unseen
 
 if TYPE_CHECKING:
     from clm.explain import Explanation
@@ -66,11 +67,6 @@ def describe_place(block: BlockText) -> str:
         place = f"sample {seen['sample']:,}, rank {seen['rank']}, micro-batch {seen['micro_batch']}: {place}"
     num_padding = len(block.tokens) - 1 - block.num_tokens
     return place + (f", {num_padding:,} tokens of padding" if num_padding else "")
-
-
-def has_colours(stream: TextIO) -> bool:
-    """Whether to colour what is printed: a terminal that can, and no NO_COLOR (https://no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def table_of(explanation: Explanation) -> tuple[list[str], list[list[str]]]:

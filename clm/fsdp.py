@@ -83,6 +83,19 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
             problems.add(f"training.{name}", "is true, which is not tested with FSDP2. Remove it.")
 
 
+def check_devices() -> None:
+    """FSDP without a GPU only where it was asked for.
+
+    Raises:
+        UserError: there is none, and the environment variable that allows it is not set.
+    """
+    if is_fsdp() and not torch.cuda.is_available() and os.environ.get(ON_CPU) != "1":
+        raise UserError(
+            "The launcher asks for FSDP but there is no CUDA GPU. Train without it, or try FSDP2 on the CPU: "
+            f"{ON_CPU}=1 accelerate launch --config_file accelerate_configs/fsdp2.yaml ..."
+        )
+
+
 def configure_cpu(timeout: timedelta) -> None:
     """Make the process group for FSDP2 without a GPU, which accelerate would silently turn into DDP.
 
@@ -91,17 +104,10 @@ def configure_cpu(timeout: timedelta) -> None:
 
     Args:
         timeout: of the process group.
-    Raises:
-        UserError: the environment variable that asks for it is not set.
     """
     from accelerate import PartialState
     from accelerate.state import DistributedType
 
-    if os.environ.get(ON_CPU) != "1":
-        raise UserError(
-            "The launcher asks for FSDP but there is no CUDA GPU. Train without it, or try FSDP2 on the CPU: "
-            f"{ON_CPU}=1 accelerate launch --config_file accelerate_configs/fsdp2.yaml ..."
-        )
     PartialState(cpu=True, timeout=timeout)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 

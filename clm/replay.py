@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from clm.timeline import Timeline
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
 from data_prep.paths import dataset_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,6 @@ class Replay:
             raise UserError(f"{self.run}: has no step {step:,}. Its steps are 1 to {self.timeline.num_steps:,}.")
         samples = self.timeline.samples_of_step(step)
         return samples, *self.order.block_at(samples)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the run's data."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.splits[0].folder / "tokenizer")
 
 
 def open_replay(run: Path) -> Replay:

@@ -7,6 +7,7 @@ works before there is a process group, so a missing machine is named instead of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WAIT_S = 300  # for all processes to come; less where training.ddp_timeout is less
 SAY_AFTER_S = 10
+REPORT_S = 20  # for the store, when this process has failed and the others may be behind
 _ROOT = Path(__file__).resolve().parent.parent
 _TREES = ("clm", "data_prep")
 _PACKAGES = ("torch", "transformers", "accelerate")
@@ -42,8 +44,9 @@ class RollCall:
 
     def report_failure(self, error: Exception) -> None:
         """This process ends before the call: the others need not wait for it."""
-        if self.num_processes > 1:
-            self._write({"error": str(error), "host": socket.gethostname()})
+        if self.num_processes > 1 and "MASTER_ADDR" in os.environ:
+            with contextlib.suppress(UserError):  # this error is the one to tell
+                self._write({"error": str(error), "host": socket.gethostname()}, REPORT_S)
             time.sleep(1)  # where this is the process that holds the store, the others have to read it
 
     def compare(self, plan: Plan) -> None:
@@ -64,13 +67,13 @@ class RollCall:
         if problem:
             raise UserError(problem)
 
-    def _write(self, facts: dict[str, Any]) -> None:
+    def _write(self, facts: dict[str, Any], wait_s: float = WAIT_S) -> None:
         from torch.distributed import TCPStore
 
         host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
         # torchrun holds the store itself; else process 0 does, and torch shares it with us
         is_holder = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        wait = timedelta(seconds=WAIT_S)
+        wait = timedelta(seconds=wait_s)
         try:
             if self._store is None:
                 self._store = TCPStore(

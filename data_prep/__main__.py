@@ -100,6 +100,11 @@ def _make_parser() -> argparse.ArgumentParser:
         help="one dataset for each, DIR/NAME, in one pass: 'low=score < 3' 'high=score >= 3'",
     )
     prep.add_argument(
+        "--filters",
+        metavar="FILE",
+        help="YAML that says what is left out or changed (docs/corpus.md), or none (default: the dataset's)",
+    )
+    prep.add_argument(
         "--packing",
         choices=PACKINGS,
         help="concat: one document after the other; best_fit: whole documents where they fit, little padding; pad: "
@@ -134,23 +139,46 @@ def _make_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train_tokenizer)
 
     inspect = commands.add_parser(
-        "inspect", help="show documents and blocks", description="Show documents and decoded blocks."
+        "inspect",
+        help="show documents and blocks",
+        description="Show documents, and open blocks: decoded, the borders of documents marked, with their sources.",
     )
     inspect.add_argument("dataset", help="a prepared dataset: its name or folder")
     inspect.add_argument("--split", choices=("train", "validation"), default="train")
     inspect.add_argument("--documents", type=_count(0), default=3, metavar="N", help="how many (default: 3)")
-    inspect.add_argument("--blocks", type=_count(0), default=3, metavar="N", help="how many (default: 3)")
     inspect.add_argument(
         "--first", type=_count(0), default=0, metavar="N", help="number of the first document (default: 0)"
     )
+    inspect.add_argument("--show", type=_count(0), default=3, metavar="N", help="how many blocks to open (default: 3)")
+    inspect.add_argument(
+        "--first-block", type=_count(0), default=0, metavar="N", help="number of the first block (default: 0)"
+    )
+    inspect.add_argument(
+        "--tokens",
+        type=_token_range,
+        metavar="A-B",
+        help="only the documents of tokens A to B of the split, with their byte ranges",
+    )
+    inspect.add_argument(
+        "--whole", action="store_true", help="whole texts (default: the first and last 200 tokens of long ones)"
+    )
+    inspect.add_argument("--removed", action="store_true", help="what its filters left out and changed, with samples")
     inspect.set_defaults(run=_inspect)
-    for name, run, what in (
-        ("check", _check, "recount everything from the files and compare it with the manifest"),
-        ("stat", _stat, "counts, bytes per token, unigram entropy"),
-    ):
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        command.add_argument("dataset", help="a prepared dataset: its name or folder")
-        command.set_defaults(run=run)
+    check = commands.add_parser(
+        "check",
+        help="recount everything from the files and compare it with the manifest",
+        description="Recount everything from the files and compare it with the manifest.",
+    )
+    check.add_argument("dataset", help="a prepared dataset: its name or folder")
+    check.set_defaults(run=_check)
+    stat = commands.add_parser(
+        "stat",
+        help="count what is in a dataset, and draw it",
+        description="Count what is in a dataset: lengths, copies, ids; a short table, and an HTML page with pictures.",
+    )
+    stat.add_argument("dataset", help="a prepared dataset: its name or folder")
+    stat.add_argument("--html", metavar="FILE", help="where the page goes (default: stat.html in the dataset's folder)")
+    stat.set_defaults(run=_stat)
     commands.add_parser("datasets", help="list the named datasets").set_defaults(run=_datasets)
     return parser
 
@@ -183,11 +211,25 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from data_prep.paths import dataset_folder
-    from data_prep.show import iter_inspection
+    from data_prep.show import Wanted, iter_inspection
+    from data_prep.vocabulary import has_colours
 
-    for line in iter_inspection(
-        dataset_folder(options.dataset), options.split, options.documents, options.blocks, options.first
-    ):
+    folder = dataset_folder(options.dataset)
+    if options.removed:
+        from data_prep.removed import iter_removed
+
+        print("\n".join(iter_removed(folder)))
+        return
+    wanted = Wanted(
+        options.split,
+        options.documents,
+        options.first,
+        options.show,
+        options.first_block,
+        options.tokens,
+        options.whole,
+    )
+    for line in iter_inspection(folder, wanted, has_colours(sys.stdout)):
         print(line)
 
 
@@ -205,9 +247,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _stat(options: argparse.Namespace) -> None:
     from data_prep.paths import dataset_folder
-    from data_prep.show import describe_statistics
+    from data_prep.stat_page import write_page
+    from data_prep.stat_text import describe_tally
+    from data_prep.tally import tally_dataset
 
-    print(describe_statistics(dataset_folder(options.dataset)))
+    folder = dataset_folder(options.dataset)
+    tally = tally_dataset(folder)
+    print(describe_tally(tally))
+    path = Path(options.html) if options.html else folder / "stat.html"
+    try:
+        write_page(tally, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}). Name another file with --html.") from error
+    print(f"pictures: {path}")
 
 
 def _datasets(options: argparse.Namespace) -> None:
@@ -221,6 +273,15 @@ def _count(smallest: int) -> Callable[[str], int]:
         return _parse(parse_count, text, smallest)
 
     return parse
+
+
+def _token_range(text: str) -> tuple[int, int]:
+    """`1000-2000`, the second number not included."""
+    first, _, end = text.partition("-")
+    numbers = [_parse(parse_count, each, 0) for each in (first, end)]
+    if numbers[0] >= numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text} is no range like 1000-2000, first token and the one behind the last")
+    return numbers[0], numbers[1]
 
 
 def _size(text: str) -> int:

@@ -23,6 +23,7 @@ from data_prep.documents import ROWS_PER_BATCH, map_path, map_schema
 from data_prep.encode import rows_path, run_name, run_path
 from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
+from data_prep.progress import Progress
 
 SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large enough to be few
 NUM_WRITERS = 2  # shards in memory at a time
@@ -39,7 +40,14 @@ class Taken:
 
 
 def write_split(
-    folder: Path, work: Path, bucket: str, split: str, units: list[Taken], block_size: int, dtype: np.dtype
+    folder: Path,
+    work: Path,
+    bucket: str,
+    split: str,
+    units: list[Taken],
+    block_size: int,
+    dtype: np.dtype,
+    progress: Progress,
 ) -> tuple[ShardInfo, ...]:
     """All shards of a split (of a bucket, or ""), and what `datasets.load_from_disk` wants beside them.
 
@@ -50,6 +58,7 @@ def write_split(
     num_blocks = int(starts[-1]) // block_size
     rows_per_shard = max(SHARD_TOKENS // block_size, 1)
     (folder / split).mkdir(exist_ok=True)
+    before = {path.name for path in (folder / split).glob("*.arrow")}
 
     def write(number: int) -> ShardInfo:
         first = number * rows_per_shard
@@ -65,6 +74,7 @@ def write_split(
     with ThreadPoolExecutor(NUM_WRITERS) as pool:  # reading, writing and hashing leave Python to others
         for shard in pool.map(write, range(max(-(-num_blocks // rows_per_shard), 1))):
             shards.append(shard)
+            progress.add_input(shard.num_bytes, Path(shard.file).name in before)
             done = (len(shards) - 1) * rows_per_shard * block_size + shard.num_blocks * block_size
             while num_used < len(units) and starts[num_used + 1] <= done:
                 run_path(work, units[num_used].key, run).unlink(missing_ok=True)

@@ -119,21 +119,26 @@ class Blocks:
         blocks = np.asarray(blocks, dtype=np.int64).reshape(-1)
         shards, rows = self.locate(blocks)
         out = np.empty((len(blocks), self.block_size + 1), dtype=np.int64)
-        for shard in np.unique(shards):
-            tokens = self.shard_tokens(int(shard))
-            here = np.flatnonzero(shards == shard)
-            first = rows[here] * self.block_size
-            out[here, :-1] = tokens.reshape(-1, self.block_size)[rows[here]]
-            after = first + self.block_size
-            is_inside = after < len(tokens)
-            out[here, -1] = np.where(is_inside, tokens[np.where(is_inside, after, 0)].astype(np.int64), NO_TARGET)
+        for row, (shard, first) in enumerate(zip(shards.tolist(), (rows * self.block_size).tolist(), strict=True)):
+            tokens = self.shard_tokens(shard)[first : first + self.block_size + 1]  # a slice: faster than any gather
+            out[row, : len(tokens)] = tokens
+            if len(tokens) == self.block_size:
+                out[row, -1] = NO_TARGET
         if self.is_padded:
-            out[np.arange(self.block_size + 1) >= self.lengths_of(blocks)[:, None]] = NO_TARGET
+            lengths = self.lengths_of(blocks)
+            out[:, -1] = NO_TARGET
+            short = np.flatnonzero(lengths < self.block_size)  # few, as a rule
+            is_padding = np.arange(self.block_size + 1) >= lengths[short, None]
+            out[short] = np.where(is_padding, NO_TARGET, out[short])
         return out
 
     def as_inputs(self, tokens: np.ndarray) -> np.ndarray:
         """What `read` gives without its last column, as a model takes it: with an id where there is padding."""
-        return np.where(tokens == NO_TARGET, self.fill_token_id, tokens) if self.is_padded else tokens
+        short = np.flatnonzero(tokens[:, -1] == NO_TARGET) if self.is_padded else ()
+        if len(short):
+            tokens = tokens.copy()
+            tokens[short] = np.where(tokens[short] == NO_TARGET, self.fill_token_id, tokens[short])
+        return tokens
 
     def token_at(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at positions of the split's token stream, in [0, num_tokens); int64, the shape of `positions`."""
@@ -144,6 +149,11 @@ class Blocks:
             here = shards == shard
             out[here] = self.shard_tokens(int(shard))[positions[here] - self.shard_starts[shard] * self.block_size]
         return out
+
+    def close_before(self, position: int) -> None:
+        """Close the memory maps of all shards that end at or before a position: who reads in order holds one or two."""
+        ends = self.shard_starts[1:] * self.block_size
+        self._open = {shard: tokens for shard, tokens in self._open.items() if ends[shard] > position}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}, "_lengths": None}

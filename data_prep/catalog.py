@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.buckets import condition_columns, parse_buckets
 from data_prep.errors import UserError, did_you_mean
+from data_prep.filter_settings import find_filter_problems
 from data_prep.packing import CONCAT, PACKINGS
 
 FOLDER = Path(__file__).parent / "datasets"
@@ -38,6 +39,7 @@ class DatasetEntry:
     document_start: str | None = None  # records are parts; one that matches this regex starts a new document
     keep_columns: dict[str, str] = field(default_factory=dict)  # column -> string, int64 or float64
     buckets: dict[str, str] = field(default_factory=dict)  # name -> condition; used when <dataset>/<name> is asked for
+    filters: dict[str, Any] = field(default_factory=dict)  # as data_prep/filter_settings.py reads them
     on_bad_record: str = "fail"
     packing: str = CONCAT
     val_fraction: float = 0.01
@@ -144,6 +146,7 @@ def _find_problems(values: dict[str, Any]):
             condition_columns(parse_buckets(conditions, "buckets."), columns, "buckets.")
         except UserError as error:
             yield str(error)
+    yield from find_filter_problems(values.get("filters", {}), "filters.")
     if values.get("on_bad_record", "fail") not in ON_BAD_RECORD:
         yield f"on_bad_record is {values['on_bad_record']!r} but must be one of {', '.join(ON_BAD_RECORD)}"
     if values.get("packing", CONCAT) not in PACKINGS:

@@ -17,6 +17,8 @@ from data_prep.ledger import find_imbalances
 from data_prep.manifest import Manifest, content_fingerprint, load_manifest, sha256_of
 from data_prep.packing import PACKINGS
 from data_prep.pieces import pieces_path
+from data_prep.progress import Progress
+from data_prep.removed import check_removed
 from data_prep.tokenizer_folder import describe_tokenizer
 
 
@@ -31,9 +33,13 @@ def check_dataset(folder: Path) -> Manifest:
         *_check_tokenizer(folder, manifest),
         *find_imbalances(manifest.ledger, manifest.splits, manifest.block_size),
     ]
-    for split in manifest.splits:
-        found = _check_files(folder, manifest, split)
-        problems += found or _check_counts(folder, manifest, split)  # a damaged file says nothing about counts
+    num_bytes = sum(shard.num_bytes for split in manifest.splits.values() for shard in split.shards)
+    with Progress("checksums", num_bytes) as progress:
+        found = {split: _check_files(folder, manifest, split, progress) for split in manifest.splits}
+    for split in manifest.splits:  # a damaged file says nothing about counts
+        problems += found[split] or _check_counts(folder, manifest, split)
+    if manifest.removed is not None:
+        problems += check_removed(folder, manifest)
     expected = content_fingerprint(
         manifest.tokenizer.sha256, manifest.block_size, manifest.dtype, manifest.splits, manifest.packing
     )
@@ -61,7 +67,7 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
     return []
 
 
-def _check_files(folder: Path, manifest: Manifest, split: str) -> list[str]:
+def _check_files(folder: Path, manifest: Manifest, split: str, progress: Progress) -> list[str]:
     problems = []
     info = manifest.splits[split]
     expected = [(shard.file, shard.num_bytes, shard.sha256) for shard in info.shards]
@@ -80,6 +86,7 @@ def _check_files(folder: Path, manifest: Manifest, split: str) -> list[str]:
             problems.append(f"{path}: has {path.stat().st_size:,} bytes but the manifest says {num_bytes:,}")
         elif sha256_of(path) != sha256:
             problems.append(f"{path}: its content changed (sha256 differs from the manifest)")
+        progress.add_input(num_bytes or 0)
     extra = {path.name for path in (folder / split).glob("*.arrow")} - {Path(shard.file).name for shard in info.shards}
     problems += [f"{folder}/{split}/{name}: is not in the manifest" for name in sorted(extra)]
     problems += _check_dataset_files(folder / split, [Path(shard.file).name for shard in info.shards], manifest)

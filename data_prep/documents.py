@@ -9,6 +9,7 @@ the stream, which is all documents one after the other. Where packing moved them
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class DocumentMap:
         kept = {key: value for key, value in values.items() if key not in dict(COLUMNS)}
         file = self.files[values["source"]]
         end = row[1] if len(row) == 2 else self.num_tokens
-        source = file["source"] if file["name"] == file["source"] else f"{file['source']}/{file['name']}"
+        source = join_source(file["source"], file["name"])
         return Document(number, row[0], end, source, values["record"], values["num_bytes"], kept)
 
     def between(self, first_token: int, end_token: int) -> Iterator[Document]:
@@ -151,20 +152,24 @@ def count_cut(path: Path, num_tokens: int, block_size: int, packing: str) -> tup
     """
     num_cut = num_long = 0
     with pa.memory_map(str(path)) as file:
-        firsts = [batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file)]
-    nexts = [each[0] for each in firsts[1:]] + [num_tokens]
-    for first, following in zip(firsts, nexts, strict=True) if firsts else ():
-        last = np.append(first[1:], following) - 1
-        is_long = last - first >= block_size
-        num_long += int(is_long.sum())
-        is_cut = is_long if packing != CONCAT else first // block_size != last // block_size
-        num_cut += int(is_cut.sum())
+        batches = (batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file))
+        for first, following in pairwise(chain(batches, [np.array([num_tokens])])):
+            last = np.append(first[1:], following[0]) - 1
+            is_long = last - first >= block_size
+            num_long += int(is_long.sum())
+            is_cut = is_long if packing != CONCAT else first // block_size != last // block_size
+            num_cut += int(is_cut.sum())
     return num_cut, num_long
 
 
 def documents_between(folder: str | Path, split: str, first_token: int, end_token: int) -> list[Document]:
     """The documents of a split with at least one token in [first_token, end_token), in order."""
     return list(DocumentMap(folder, split).between(first_token, end_token))
+
+
+def join_source(source: str, name: str) -> str:
+    """How people are told where a document is from: the source's name and the file inside it."""
+    return source if name == source else f"{source}/{name}"
 
 
 def map_path(folder: Path, split: str) -> Path:

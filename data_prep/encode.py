@@ -3,8 +3,10 @@
 In: a `Job`. Out: in the working folder, for unit <key>: the token runs <key>.train.bin and <key>.validation.bin (raw
 ids, separators included; with buckets <key>.<bucket>.train.bin ... for each), the table <key>.rows.arrow (one row per
 record: what became of it, and its part of the document map), and <key>.json with the counts, renamed into place last:
-it exists exactly when the others are whole.
+it exists exactly when the others are whole. With filters also <key>.samples.bin, what was removed as samples.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -13,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +39,11 @@ from data_prep.ledger import (
 from data_prep.manifest import SPLITS, TokenizerInfo
 from data_prep.readers import Reading, Record, read_records
 from data_prep.units import Unit
+
+if TYPE_CHECKING:  # where no filter is on, nothing of them is imported
+    from data_prep.filter_settings import Filters
+    from data_prep.screening import Decision
+    from data_prep.sieve import Sieve
 
 BATCH_BYTES = 1_000_000
 BATCH_DOCUMENTS = 512
@@ -65,6 +73,10 @@ class Job:
     is_bad_skipped: bool
     is_fast: bool  # the fast encoder, else the reference
     compare_ids: int  # of the fast one's: so many from the unit's beginning are compared, and a document in SAMPLED_IN
+    filters: Filters | None = None
+    decision: Decision | None = None  # about this unit, where filters look at more than one document
+    screen_key: str | None = None  # the key of its screening, which makes that decision
+    is_screening: bool = False  # this is that screening
 
 
 @dataclass(frozen=True)
@@ -126,11 +138,22 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
     Args:
         report: Called after each batch with the bytes of text and the tokens since the last call.
     """
-    schema = pa.schema([*ROW_COLUMNS, *((name, pa.type_for_alias(kind)) for name, kind in job.reading.keep_columns)])
+    sieve, more_columns = None, []
+    if job.filters is not None:
+        from data_prep import screening
+        from data_prep import sieve as sieving
+
+        if job.is_screening:
+            return screening.screen_unit(job)
+        sieve, more_columns = sieving.Sieve(job), sieving.filter_columns(job.filters)
+    kept_columns = [(name, pa.type_for_alias(kind)) for name, kind in job.reading.keep_columns]
+    own_columns = [*ROW_COLUMNS, *more_columns]
+    schema = pa.schema([*own_columns, *kept_columns])
     encoder = _load_encoder(job.tokenizer_folder, job.tokenizer, job.is_fast)
     buckets = job.reading.buckets
     counts = [Counts() for _ in bucket_names(buckets)]
     num_records, num_compared, problem = 0, 0, None
+    buckets_of_rows: list[np.ndarray] = []
     names = [run_name(bucket, split) for bucket in bucket_names(buckets) for split in SPLITS]
     temporary = {name: run_path(job.work, f"{job.key}.{os.getpid()}", name) for name in names}
     rows_temporary = rows_path(job.work, f"{job.key}.{os.getpid()}")
@@ -138,14 +161,9 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
         run_files = [stack.enter_context(open(path, "wb")) for path in temporary.values()]
         rows_file = stack.enter_context(open(rows_temporary, "wb"))
         with pa.ipc.new_stream(rows_file, schema) as rows_writer:
-            for records in _batches(read_records(job.unit.pieces, job.reading)):
-                num_records = records[-1].number + 1
-                records = [record for record in records if record.text is not None or record.problem is not None]
-                bad = next((i for i, record in enumerate(records) if record.problem is not None), None)
-                if bad is not None and not job.is_bad_skipped:
-                    problem = (records[bad].file, records[bad].number, records[bad].problem)
-                    records = records[:bad]
-                rows, runs, confirmed = _encode_batch(records, job, encoder, job.compare_ids - num_compared)
+            for batch in iter_batches(job):
+                num_records, records, problem = batch
+                rows, runs, confirmed = _encode_batch(records, job, encoder, job.compare_ids - num_compared, sieve)
                 num_compared += confirmed
                 for file, run in zip(run_files, runs, strict=True):
                     file.write(run.astype(job.dtype).data)  # tofile() would hide why a write fails
@@ -154,18 +172,16 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
                     if job.reading.keep_columns and records
                     else ()
                 )
-                kept_arrays = [
-                    from_list(values, schema.field(len(ROW_COLUMNS) + i).type) for i, values in enumerate(kept)
-                ]
+                kept_arrays = [from_list(values, kind) for values, (_, kind) in zip(kept, kept_columns, strict=False)]
                 if records:
                     rows_writer.write_batch(
                         pa.record_batch([*map(from_numpy, rows.values()), *kept_arrays], schema=schema)
                     )
-                    for total, new in zip(counts, count_rows(rows, job.tokenizer.is_bos_written, buckets), strict=True):
+                    new_counts = count_rows(rows, job.tokenizer.is_bos_written, buckets, job.filters)
+                    for total, new in zip(counts, new_counts, strict=True):
                         total.add(new)
+                    buckets_of_rows.append(rows["bucket"])
                 report(int(rows["num_bytes"].sum(dtype=np.int64)), sum(len(run) for run in runs))
-                if problem is not None:
-                    break
         for file in (*run_files, rows_file):
             file.flush()
             os.fsync(file.fileno())
@@ -176,11 +192,31 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
         split.num_tokens = run_bytes[name] // np.dtype(job.dtype).itemsize
         os.replace(path, run_path(job.work, job.key, name))
     os.replace(rows_temporary, rows_path(job.work, job.key))
+    if sieve is not None:
+        samples = run_path(job.work, f"{job.key}.{os.getpid()}", sieving.SAMPLES)
+        samples.write_text(sieve.dump(np.concatenate([np.empty(0, dtype=np.uint16), *buckets_of_rows])))
+        run_bytes[sieving.SAMPLES] = samples.stat().st_size
+        os.replace(samples, run_path(job.work, job.key, sieving.SAMPLES))
     result = UnitResult(job.key, num_records, counts, problem, run_bytes, num_compared)
     marker = job.work / f"{job.key}.{os.getpid()}.json.tmp"
     marker.write_text(json.dumps(asdict(result)), encoding="utf-8")
     os.replace(marker, job.work / f"{job.key}.json")
     return result
+
+
+def iter_batches(job: Job) -> Iterator[tuple[int, list[Record], tuple[int, int, str] | None]]:
+    """The records of a unit in batches, each with the highest number so far + 1.
+
+    The third is the first bad record where bad records are errors: it ends the unit, and its batch ends in front of it.
+    """
+    for records in _batches(read_records(job.unit.pieces, job.reading)):
+        num_records = records[-1].number + 1
+        records = [record for record in records if record.text is not None or record.problem is not None]
+        bad = next((i for i, record in enumerate(records) if record.problem is not None), None)
+        if bad is not None and not job.is_bad_skipped:
+            yield num_records, records[:bad], (records[bad].file, records[bad].number, records[bad].problem)
+            return
+        yield num_records, records, None
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -197,17 +233,18 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def _encode_batch(
-    records: list[Record], job: Job, encoder: Encoder, compare_ids: int
+    records: list[Record], job: Job, encoder: Encoder, compare_ids: int, sieve: Sieve | None
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], int]:
     """The table of the records, the tokens for train and validation (of each bucket), and how many were compared."""
     num = len(records)
-    data = [(record.text or "").encode() for record in records]
     is_kept = np.array([record.problem is None and record.text != "" for record in records], dtype=bool)
     status = np.full(num, BAD, dtype=np.uint8)
     status[[i for i, record in enumerate(records) if record.text == ""]] = EMPTY
     bucket = np.zeros(num, dtype=np.uint16)
     if job.reading.buckets:
-        _sort_into_buckets(records, job.reading, is_kept, status, bucket)
+        sort_into_buckets(records, job.reading, is_kept, status, bucket)
+    more_columns = sieve.apply(records, is_kept, status) if sieve is not None else {}
+    data = [(record.text or "").encode() for record in records]
     hashes = np.array([text_hash(data[i]) for i in np.flatnonzero(is_kept)], dtype=np.uint64)
     if job.unit.split == "validation":
         status[is_kept] = VALIDATION
@@ -234,6 +271,7 @@ def _encode_batch(
         "num_tokens": num_tokens,
         "num_bytes": np.array([len(each) for each in data], dtype=np.uint32),
         "num_characters": np.array([len(record.text or "") for record in records], dtype=np.uint32),
+        **more_columns,
     }
     return rows, runs, num_compared
 
@@ -270,7 +308,7 @@ def _compare(records: list[Record], some: np.ndarray, ids: np.ndarray, lengths: 
     return int(exact_lengths.sum())
 
 
-def _sort_into_buckets(
+def sort_into_buckets(
     records: list[Record], reading: Reading, is_kept: np.ndarray, status: np.ndarray, bucket: np.ndarray
 ) -> None:
     """Note the bucket of each kept record; one that is in none is kept no longer, and its status says why."""

@@ -5,18 +5,23 @@ text tokens + separators = tokens; tokens of all sources + padding = positions i
 packing has either padding or a remainder.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data_prep.buckets import Bucket, column_names
+from data_prep.filter_settings import Filters, rule_filter
 from data_prep.manifest import SPLITS, SplitInfo
 from data_prep.sizes import format_bytes, format_count
 
 # What became of a record: the `status` column of a unit's table. The last two only where there are buckets.
 TRAIN, VALIDATION, EMPTY, BAD, NO_BUCKET, NO_VALUE = range(6)
+FIRST_RULE = 16  # and those from here on: left out by the rule of this number among `Filters.rules`
 NO_BUCKET_RULE = "in no bucket"
+FILTERED = "filtered"  # the column for all filters together; data_prep/removed.py shows each
 
 
 class LedgerError(Exception):
@@ -48,7 +53,8 @@ class Counts:
     num_read: int = 0
     num_empty: int = 0
     num_bad: int = 0
-    num_filtered: dict[str, int] = field(default_factory=dict)  # by rule; empty where there are no buckets
+    num_filtered: dict[str, int] = field(default_factory=dict)  # by rule; empty without buckets and filters
+    filters: dict[str, dict[str, int]] = field(default_factory=dict)  # of each, documents and bytes before and after
     splits: dict[str, SplitCounts] = field(default_factory=lambda: {name: SplitCounts() for name in SPLITS})
 
     def add(self, other: "Counts") -> None:
@@ -58,6 +64,9 @@ class Counts:
         self.num_bad += other.num_bad
         for rule, num in other.num_filtered.items():
             self.num_filtered[rule] = self.num_filtered.get(rule, 0) + num
+        for name, flow in other.filters.items():
+            known = self.filters.setdefault(name, dict.fromkeys(flow, 0))
+            self.filters[name] = {key: known[key] + value for key, value in flow.items()}
         for name in SPLITS:
             self.splits[name].add(other.splits[name])
 
@@ -67,13 +76,17 @@ def no_value_rule(buckets: tuple[Bucket, ...]) -> str:
     return f"no {' or '.join(column_names(buckets))}"
 
 
-def count_rows(rows: dict[str, np.ndarray], is_bos_written: bool, buckets: tuple[Bucket, ...]) -> list[Counts]:
+def count_rows(
+    rows: dict[str, np.ndarray], is_bos_written: bool, buckets: tuple[Bucket, ...], filters: Filters | None = None
+) -> list[Counts]:
     """The counts of the rows of a unit's table (or of the first of them), for each bucket; without buckets one."""
-    status, is_kept = rows["status"], rows["status"] <= VALIDATION
+    status = rows["status"]
+    is_text = (status <= VALIDATION) | (status >= FIRST_RULE)
     read = (len(status), int((status == EMPTY).sum()), int((status == BAD).sum()))
     if not buckets:
-        return [_count_splits(Counts(*read), rows, status, is_bos_written)]
-    in_bucket = [is_kept & (rows["bucket"] == number) for number in range(len(buckets))]
+        counts = _count_splits(Counts(*read), rows, status, is_bos_written)
+        return [_count_filters(counts, rows, is_text, filters) if filters is not None else counts]
+    in_bucket = [is_text & (rows["bucket"] == number) for number in range(len(buckets))]
     in_none = {
         NO_BUCKET_RULE: int((status == NO_BUCKET).sum()),
         no_value_rule(buckets): int((status == NO_VALUE).sum()),
@@ -84,8 +97,34 @@ def count_rows(rows: dict[str, np.ndarray], is_bos_written: bool, buckets: tuple
             f"in {bucket.name}": int(in_bucket[other].sum()) for other, bucket in enumerate(buckets) if other != number
         }
         here = np.where(is_here, status, NO_BUCKET)
-        all_counts.append(_count_splits(Counts(*read, {**others, **in_none}), rows, here, is_bos_written))
+        counts = _count_splits(Counts(*read, {**others, **in_none}), rows, here, is_bos_written)
+        all_counts.append(_count_filters(counts, rows, is_here, filters) if filters is not None else counts)
     return all_counts
+
+
+def _count_filters(counts: Counts, rows: dict[str, np.ndarray], is_here: np.ndarray, filters: Filters) -> Counts:
+    """Documents and bytes before and after each filter, in order, and the documents by rule that left them out."""
+    rules = filters.rules
+    status, num_bytes = rows["status"], rows["bytes_before"].astype(np.int64)
+    for name in filters.options:
+        flow = {"documents_before": int(is_here.sum()), "bytes_before": int(num_bytes[is_here].sum())}
+        for number, rule in enumerate(rules):
+            if rule_filter(rule) == name:
+                is_out = is_here & (status == FIRST_RULE + number)
+                if is_out.any():
+                    counts.num_filtered[rule] = int(is_out.sum())
+                is_here = is_here & ~is_out
+        is_changed = np.zeros(len(status), dtype=bool)
+        if name in filters.changing:
+            num_bytes = rows[f"bytes_after_{name}"].astype(np.int64)
+            is_changed = is_here & (rows["changed"] >> filters.changing.index(name) & 1 == 1)
+        counts.filters[name] = {
+            **flow,
+            "documents_changed": int(is_changed.sum()),
+            "documents_after": int(is_here.sum()),
+            "bytes_after": int(num_bytes[is_here].sum()),
+        }
+    return counts
 
 
 def _count_splits(counts: Counts, rows: dict[str, np.ndarray], status: np.ndarray, is_bos_written: bool) -> Counts:
@@ -120,6 +159,7 @@ def ledger_entry(
             "beyond_cap": beyond_cap,
             "is_beyond_cap_exact": is_beyond_exact,
         },
+        **({"filters": counts.filters} if counts.filters else {}),
         **{name: vars(counts.splits[name]) for name in SPLITS},
         "files": {"read": num_files, "ignored": ignored},
     }
@@ -134,6 +174,7 @@ def find_imbalances(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
         kept += sum(documents.get("filtered", {}).values())
         if documents["read"] != kept:
             problems.append(f"{source}: {documents['read']} documents read but {kept} accounted for")
+        problems += [f"{source}: {problem}" for problem in _find_filter_imbalances(entry)]
         for name in SPLITS:
             counts = entry[name]
             parts = counts["num_text_tokens"] + counts["num_bos"] + counts["num_eos"]
@@ -163,9 +204,29 @@ def find_imbalances(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
     return problems
 
 
+def _find_filter_imbalances(entry: dict[str, Any]) -> Iterator[str]:
+    """What goes into a filter came out of the one before, and what does not come out was left out by its rules."""
+    filters, filtered = entry.get("filters", {}), entry["documents"]["filtered"]
+    before = None
+    for name, flow in filters.items():
+        num_out = sum(num for rule, num in filtered.items() if rule_filter(rule) == name)
+        if flow["documents_before"] - num_out != flow["documents_after"]:
+            num_in, num_on = flow["documents_before"], flow["documents_after"]
+            yield f"{name} read {num_in} documents, left out {num_out} and gave {num_on}"
+        now = (flow["documents_before"], flow["bytes_before"])
+        if before not in (None, now):
+            yield f"{name} read {now} documents and bytes but {before} came out of the filter in front"
+        before = (flow["documents_after"], flow["bytes_after"])
+    written = tuple(sum(entry[name][key] for name in SPLITS) for key in ("num_documents", "num_bytes"))
+    if before not in (None, written):
+        yield f"{before} documents and bytes came out of the last filter but {written} are written"
+
+
 def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitInfo], block_size: int) -> str:
     """The ledger as a table for people, and its equation."""
-    rules = list(dict.fromkeys(rule for entry in ledger.values() for rule in entry["documents"]["filtered"]))
+    filters = list(dict.fromkeys(name for entry in ledger.values() for name in entry.get("filters", {})))
+    found = dict.fromkeys(rule for entry in ledger.values() for rule in entry["documents"]["filtered"])
+    rules = [*(rule for rule in found if rule_filter(rule) not in filters), *([FILTERED] if filters else [])]
     head = ("source", "read", "empty", "bad", *rules, "beyond cap", *SPLITS, "text", "tokens", "bytes/token")
     lines = [head]
     for source, entry in ledger.items():
@@ -173,7 +234,10 @@ def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
         num_bytes, num_tokens = (sum(entry[name][key] for name in SPLITS) for key in ("num_bytes", "num_tokens"))
         beyond = f"{documents['beyond_cap']:,}" + ("" if documents["is_beyond_cap_exact"] else "+")
         numbers = [f"{documents[key]:,}" for key in ("read", "empty", "bad")]
-        numbers += [f"{documents['filtered'].get(rule, 0):,}" for rule in rules]
+        by_rule: Counter = Counter()
+        for rule, num in documents["filtered"].items():
+            by_rule[FILTERED if rule_filter(rule) in filters else rule] += num
+        numbers += [f"{by_rule[rule]:,}" for rule in rules]
         kept = [f"{documents[key]:,}" for key in SPLITS]
         ratio = f"{num_bytes / num_tokens:.2f}" if num_tokens else "-"
         lines.append((source, *numbers, beyond, *kept, format_bytes(num_bytes), format_count(num_tokens), ratio))

@@ -84,6 +84,8 @@ class Manifest:
     splits: dict[str, SplitInfo]
     ledger: dict[str, dict[str, Any]]
     settings: dict[str, Any]
+    # what was left out, where there were filters: the names of the rules, the versions of libraries, sha256 by file
+    removed: dict[str, Any] | None = None
     packing: str = CONCAT
     format_version: int = field(default=FORMAT_VERSION)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.align import Taken, write_document_map, write_split
-from data_prep.documents import count_cut, files_path, map_path
+from data_prep.documents import count_cut, files_path, join_source, map_path
 from data_prep.ledger import LedgerError, find_imbalances
 from data_prep.manifest import (
     SPLITS,
@@ -24,6 +24,7 @@ from data_prep.manifest import (
 )
 from data_prep.packing import CONCAT
 from data_prep.plan import Plan, describe_files
+from data_prep.progress import Progress
 from data_prep.sources import SourceFile
 from data_prep.write_packed import write_packed_split
 
@@ -37,6 +38,7 @@ def write_dataset(
     tokenizer: TokenizerInfo,
     encoder: dict[str, Any],
     validation: dict[str, Any],
+    progress: Progress,
 ) -> Manifest:
     """Write everything of a dataset but its manifest; what an earlier attempt wrote stays.
 
@@ -58,12 +60,12 @@ def write_dataset(
         num_tokens = sum(each["num_tokens"] for each in counts)
         padding: dict[str, Any] = {}
         if plan.packing == CONCAT:
-            shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype)
+            shards = write_split(folder, plan.work, bucket, split, taken, plan.block_size, dtype, progress)
             remainder = num_tokens - sum(shard.num_blocks for shard in shards) * plan.block_size
         else:
             packed = write_packed_split(
                 folder, plan.work, (number, bucket), split, taken, plan.block_size, dtype, plan.packing,
-                fill_token_id(tokenizer),
+                fill_token_id(tokenizer), progress,
             )  # fmt: skip
             shards, remainder = packed.shards, 0
             names = ("num_padding_tokens", "lengths_sha256", "pieces_sha256")
@@ -80,6 +82,12 @@ def write_dataset(
         )
         num_cut, num_long = count_cut(map_path(folder, split), num_tokens, plan.block_size, plan.packing)
         splits[split] = replace(splits[split], num_cut=num_cut, num_long=num_long)
+    removed = None
+    if plan.filters is not None:
+        from data_prep.removed import write_removed
+
+        names = [join_source(plan.sources[n].label, file.name) for n, file in files]
+        removed = write_removed(folder, plan.work, number, taken, plan.filters, names)
     problems = find_imbalances(ledger, splits, plan.block_size)
     if problems:
         raise LedgerError(f"{folder}: the ledger does not balance, so no manifest is written:\n" + "\n".join(problems))
@@ -95,6 +103,7 @@ def write_dataset(
         splits=splits,
         ledger=ledger,
         settings=plan.settings(),
+        removed=removed,
         packing=plan.packing,
     )
 

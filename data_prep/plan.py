@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.buckets import Bucket, bucket_names, condition_columns, parse_buckets, split_conditions
+from data_prep.catalog import DatasetEntry
 from data_prep.errors import UserError
+from data_prep.filter_settings import Filters, load_filters, make_filters
 from data_prep.manifest import BUCKETS_WORK_NAME, WORK_NAME, sha256_of
 from data_prep.paths import data_dir, dataset_folder
 from data_prep.sizes import parse_count
@@ -43,6 +45,7 @@ class Options:
     on_bad_record: str | None = None
     split_lines: bool = False
     buckets: Sequence[str] | None = None  # name=condition
+    filters: str | None = None  # a YAML file, or none
     encoder: str = "auto"  # or hf
     packing: str | None = None  # one of PACKINGS
 
@@ -68,6 +71,7 @@ class Plan:
     keep_columns: dict[str, str]  # of all sources together, and those that the buckets are by
     buckets: tuple[Bucket, ...]
     packing: str
+    filters: Filters | None = None
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -118,6 +122,7 @@ class Plan:
             "max_tokens": self.max_tokens,
             "max_docs": self.max_docs,
             "buckets": {bucket.name: bucket.condition for bucket in self.buckets},
+            "filters": self.filters.settings() if self.filters else {},
         }
 
 
@@ -145,6 +150,7 @@ def make_plan(options: Options) -> Plan:
     conditions = split_conditions(options.buckets or ())
     conditions = conditions or _only_default("--buckets", [entry.buckets for entry in entries])
     buckets = parse_buckets(conditions, "prep: --buckets ")
+    filters = _make_filters(options.filters, entries)
     kept = {name: kind for entry in entries for name, kind in entry.keep_columns.items()}
     lists = {number: list_local_files(source) for number, source in enumerate(sources) if source.entry.path is not None}
     return Plan(
@@ -162,7 +168,17 @@ def make_plan(options: Options) -> Plan:
         keep_columns={**kept, **condition_columns(buckets, kept, "prep: --buckets ")},
         buckets=buckets,
         packing=options.packing or _only_default("--packing", [entry.packing for entry in entries]),
+        filters=filters,
     )
+
+
+def _make_filters(option: str | None, entries: list[DatasetEntry]) -> Filters | None:
+    if option == "none":
+        return None
+    if option is not None:
+        return make_filters(load_filters(option), f"{option}: ", option)
+    raw = _only_default("--filters", [entry.filters for entry in entries])
+    return make_filters(raw, f"{entries[0].name}.yaml: filters.") if raw else None
 
 
 def parse_tokenizer(value: str | dict[str, int]) -> dict[str, Any]:
@@ -242,12 +258,13 @@ def other_folder(plan: Plan, suffix: str) -> str:
     words = " ".join(shlex.quote(source.entry.path or source.entry.repository) for source in plan.sources)
     entry = plan.sources[0].entry
     named = entry.name if len(plan.sources) == 1 and plan.folder == dataset_folder(entry.name) else words
-    options = ""
+    filters = f"--filters {shlex.quote(plan.filters.path)}" if plan.filters and plan.filters.path else ""
+    options = f" PREP_ARGS={shlex.quote(filters)}" if filters else ""
     if plan.buckets and len(plan.sources) == 1 and parse_buckets(entry.buckets, "") == plan.buckets:
         named = f"{entry.name}/{plan.buckets[0].name}"
     elif plan.buckets:
         conditions = " ".join(shlex.quote(f"{bucket.name}={bucket.condition}") for bucket in plan.buckets)
-        options = f" PREP_ARGS={shlex.quote(f'--buckets {conditions}')}"
+        options = f" PREP_ARGS={shlex.quote(f'--buckets {conditions} {filters}'.rstrip())}"
     return f"make prep DATASET={shlex.quote(named)} OUT={shlex.quote(str(folder))}{options}"
 
 

@@ -14,25 +14,29 @@ from pathlib import Path
 
 from data_prep.align import Taken
 from data_prep.buckets import column_names
+from data_prep.decontamination import INDEX_NAME, write_index
 from data_prep.encoder import EncoderChoice
+from data_prep.encoding_progress import EncodingProgress
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
+from data_prep.filters import check_installed
 from data_prep.hub import list_hub_files
-from data_prep.jobs import make_jobs, make_stream
+from data_prep.jobs import make_jobs, make_screening, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
 from data_prep.lock import folder_lock
-from data_prep.manifest import MANIFEST_NAME, Manifest, TokenizerInfo, load_manifest, save_manifest
+from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, TokenizerInfo, load_manifest, save_manifest, token_dtype
 from data_prep.output import write_dataset, write_whole
 from data_prep.packing import CONCAT
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_encoder, give_up
+from data_prep.removed import describe_filters, describe_left_out
 from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, save_request
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
-from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, iter_sample
-from data_prep.tokenizer_training import ControlTokens, train_tokenizer
+from data_prep.tokenizer_sample import DEFAULT_SAMPLE_BYTES, train_on_sample
+from data_prep.tokenizer_training import ControlTokens
 from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
@@ -79,6 +83,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     stream = make_stream(plan, files)
     if _is_small_and_strict(plan):
         stream.check_readable()
+    if plan.filters is not None:
+        check_installed(plan.filters)
     work.mkdir(exist_ok=True)
     is_continued = save_request(plan)
     if not is_continued and (work / ALIGN_STATE).exists():
@@ -86,6 +92,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
         _remove(plan, OWN_NAMES)
         work.mkdir()
         save_request(plan)
+    if plan.filters is not None and "decontaminate" in plan.filters.options:
+        print("\n".join(write_index(plan.filters, work / INDEX_NAME)), file=sys.stderr)
 
     # 3. The tokenizer, beside the blocks it makes; one for all buckets, of all the text.
     tokenizer = _settle_tokenizer(plan, stream, validation["threshold"], work)
@@ -114,12 +122,13 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
     taken = [Taken(**unit) for unit in state["units"]]
 
     # 5. Align, for each bucket: runs into shards of whole blocks, tables into the document map; a ledger that balances.
-    manifests = {
-        bucket: write_dataset(
-            plan, number, files, taken, state["ledgers"][bucket], tokenizer, state["encoder"], validation
-        )
-        for number, bucket in enumerate(plan.outputs)
-    }
+    with Progress("writing", _num_bytes_to_write(state["ledgers"], tokenizer)) as progress:
+        manifests = {
+            bucket: write_dataset(
+                plan, number, files, taken, state["ledgers"][bucket], tokenizer, state["encoder"], validation, progress
+            )
+            for number, bucket in enumerate(plan.outputs)
+        }
 
     # 6. The manifests, written last, say that all is complete.
     for bucket, folder in plan.outputs.items():
@@ -129,6 +138,8 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
         if bucket:
             print(f"{bucket} ({plan.buckets[number].condition}):")
         print(describe_ledger(manifests[bucket].ledger, manifests[bucket].splits, plan.block_size))
+        if plan.filters is not None:
+            print(describe_filters(manifests[bucket].ledger))
         print(f"{folder}: complete. Look at it: python -m data_prep inspect {folder}")
     return manifests
 
@@ -176,6 +187,8 @@ def train_from_sources(
         tuple(specs), out=str(out), tokenizer=f"train:{vocab_size}", block_size=1, text_column=text_column
     )
     plan = make_plan(options)
+    if plan.filters is not None:
+        check_installed(plan.filters)
     files = [
         (number, file)
         for number, source in enumerate(plan.sources)
@@ -184,12 +197,8 @@ def train_from_sources(
     stream = make_stream(plan, files)
     if _is_small_and_strict(plan):
         stream.check_readable()
-    progress = Progress("reading for the tokenizer", min(sum(file.size for _, file in files), sample_bytes))
     threshold = val_threshold(plan, files)["threshold"]  # what prep would hold out is not learned from
-    try:
-        train_tokenizer(iter_sample(stream, threshold, sample_bytes, progress), vocab_size, out, control)
-    finally:
-        progress.close()
+    train_on_sample(stream, threshold, sample_bytes, vocab_size, out, control)
     with tempfile.TemporaryDirectory() as folder:  # both ways of loading agree, and prep need not ask again
         import_tokenizer(str(out), Path(folder) / "tokenizer")
     print(f"{out}: a tokenizer of {vocab_size:,} entries. Use it: python -m data_prep prep ... --tokenizer {out}")
@@ -204,14 +213,8 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
     temporary = work / "tokenizer"
     shutil.rmtree(temporary, ignore_errors=True)
     if "train" in plan.tokenizer:
-        size = sum(file.size for _, file in stream.files)
-        progress = Progress("reading for the tokenizer", min(size, DEFAULT_SAMPLE_BYTES))
-        print(f"training a tokenizer of {plan.tokenizer['train']:,} entries ...", file=sys.stderr)
-        try:
-            texts = iter_sample(stream, threshold, DEFAULT_SAMPLE_BYTES, progress)
-            train_tokenizer(texts, plan.tokenizer["train"], temporary, ControlTokens())
-        finally:
-            progress.close()
+        size = plan.tokenizer["train"]
+        train_on_sample(stream, threshold, DEFAULT_SAMPLE_BYTES, size, temporary, ControlTokens())
     else:
         import_tokenizer(plan.tokenizer.get("path") or plan.tokenizer["id"], temporary)
     info = describe_tokenizer(temporary, plan.tokenizer)
@@ -224,19 +227,27 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
 def _encode(
     plan: Plan, stream: Stream, tokenizer: TokenizerInfo, encoder: EncoderChoice, threshold: int, workers: Workers
 ) -> list[Taken]:
-    is_capped = plan.max_tokens or plan.max_docs or any(source.max_documents for source in plan.sources)
-    progress = Progress("encoding", None if is_capped else sum(file.size for _, file in stream.files))
+    progress = EncodingProgress(plan, stream)
     units = []
+    screening = make_screening(plan)
+    jobs = make_jobs(plan, stream, tokenizer, encoder, threshold, screening)
     try:
-        for job, result in workers.run(make_jobs(plan, stream, tokenizer, encoder, threshold), progress.add_text):
-            progress.add_input(job.unit.num_bytes)
+        for job, result in workers.run(progress.watch(jobs), progress.add_text):
+            if job.is_screening:
+                screening.take(job)
+                progress.take(job, None)
+                continue
             try:
                 unit = stream.take(job, result)
+                if screening is not None and unit is not None:
+                    screening.settle(job, unit.num_rows)
             except UserError:
                 (plan.work / f"{job.key}.json").unlink()  # a unit that ended at a bad record is not finished work
                 raise
+            progress.take(job, unit)
             if unit is not None:
                 units.append(unit)
+        progress.finish()
     finally:
         progress.close()
     return units
@@ -250,6 +261,14 @@ def _choose_num_proc(plan: Plan, num_proc: int | None) -> int:
     if is_local and sum(file.size for files in plan.local_files.values() for file in files) <= UNIT_BYTES:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _num_bytes_to_write(ledgers: dict[str, dict], tokenizer: TokenizerInfo) -> int:
+    """About the size of all shards together."""
+    num_tokens = sum(
+        entry[split]["num_tokens"] for each in ledgers.values() for entry in each.values() for split in SPLITS
+    )
+    return num_tokens * token_dtype(tokenizer.vocab_size).itemsize
 
 
 def _make_ledgers(plan: Plan, stream: Stream) -> dict[str, dict]:
@@ -290,6 +309,7 @@ def _check_length(plan: Plan, stream: Stream) -> None:
                 "tokens together, "
                 "so there is not one block to train on. Give more text, or a smaller block: "
                 f"BLOCK_SIZE={2 ** (max(num_tokens, 2).bit_length() - 1)}."
+                + describe_left_out(counts[number] for counts in stream.counts.values())
             )
 
 

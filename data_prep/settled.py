@@ -80,11 +80,11 @@ def _refuse_other(plan: Plan, folder: Path, earlier: dict[str, Any], tokenizer_s
     now = json.loads(json.dumps(plan.settings()))
     if not _is_same_tokenizer(earlier["tokenizer"], now["tokenizer"], tokenizer_sha256):
         _refuse_key(plan, folder, "tokenizer", earlier["tokenizer"], what)
-    earlier = {"buckets": {}, "packing": CONCAT, **earlier}  # which manifests did not always have
+    earlier = {"buckets": {}, "filters": {}, "packing": CONCAT, **earlier}  # which manifests did not always have
     for key in ("block_size", "packing"):
         if earlier[key] != now[key]:
             _refuse_key(plan, folder, key, earlier[key], what)
-    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "sources"):
+    for key in ("val_fraction", "val_max_tokens", "max_tokens", "max_docs", "buckets", "filters", "sources"):
         if earlier[key] != now[key]:
             _refuse_setting(plan, folder, key, earlier[key], now[key])
     if earlier["local_files"] != now["local_files"]:
@@ -126,6 +126,9 @@ def _refuse_setting(plan: Plan, folder: Path, key: str, earlier: Any, now: Any) 
     if key == "sources" and len(earlier) == len(now):
         pairs = [(name, a.get(name), b.get(name)) for a, b in zip(earlier, now, strict=True) for name in {**a, **b}]
         key, earlier, now = next((name, a, b) for name, a, b in pairs if a != b)
+    if key == "filters":
+        name = next(name for name in {**earlier, **now} if earlier.get(name) != now.get(name))
+        key, earlier, now = f"filters.{name}", earlier.get(name, "off"), now.get(name, "off")
     raise UserError(
         f"{folder}: was made with {key} {earlier!r} but {now!r} is asked for. Nothing is overwritten. "
         f"Prepare it beside the other: {other_folder(plan, 'new')}; or remove that one first: {_remove_command(plan)}"

@@ -15,6 +15,7 @@ from data_prep.arrays import to_numpy
 from data_prep.buckets import Bucket, bucket_names
 from data_prep.encode import Job, UnitResult, run_name
 from data_prep.errors import UserError
+from data_prep.filter_settings import Filters
 from data_prep.ledger import TRAIN, VALIDATION, Counts, count_rows
 from data_prep.manifest import SPLITS
 from data_prep.readers import Reading, read_records
@@ -35,6 +36,7 @@ class Stream:
     max_tokens: int | None
     max_docs: int | None
     buckets: tuple[Bucket, ...] = ()
+    filters: Filters | None = None
     counts: dict[int, list[Counts]] = field(default_factory=dict)  # by source, for each bucket or the one
     num_units_used: dict[int, int] = field(default_factory=dict)
     beyond_cap: dict[int, int] = field(default_factory=dict)
@@ -65,6 +67,10 @@ class Stream:
     def train_units(self, number: int) -> Iterator[Unit]:
         """The train units of one source."""
         return self._units_of(number, "train")
+
+    def official_units(self) -> Iterator[Unit]:
+        """The units of the sources' official validation splits."""
+        return (unit for number in range(len(self.sources)) for unit in self._units_of(number, "validation"))
 
     def sample_units(self, number: int, num_bytes: int, draw: Callable[[str], int]) -> list[Unit]:
         """Train units of a source for a sample of so many bytes: all, but of the Hub's files only as many as needed.
@@ -110,7 +116,7 @@ class Stream:
             num_rows = self._rows_within_caps(job, result)
         if num_rows < num_read:
             rows = read_rows(job.work, job.key)
-            counts = count_rows(_first_rows(rows, num_rows), job.tokenizer.is_bos_written, self.buckets)
+            counts = count_rows(_first_rows(rows, num_rows), job.tokenizer.is_bos_written, self.buckets, self.filters)
             self.beyond_cap[number] += num_read - num_rows
         elif result.problem is not None and number not in self.finished:
             file, record, what = result.problem
@@ -244,4 +250,6 @@ def _num_tokens(counts: list[Counts], source: Source) -> int:
 
 def _first_rows(rows: object, num_rows: int) -> dict[str, np.ndarray]:
     table = rows.slice(0, num_rows)
-    return {name: to_numpy(table[name]) for name in ("status", "bucket", "num_tokens", "num_bytes", "num_characters")}
+    own = ("status", "bucket", "num_tokens", "num_bytes", "num_characters")
+    names = [name for name in table.column_names if name in own or name.startswith(("bytes_", "changed"))]
+    return {name: to_numpy(table[name]) for name in names}

@@ -1,7 +1,7 @@
 """The UTF-8 bytes that each token id stands for: what turns a loss per token into bits per byte, and ids into text.
 
 In: a Hugging Face tokenizer. Out: the bytes of every id, or their number. The bytes of a document's tokens, joined, are
-its text exactly as it was tokenized; `differences_from_source` says where that is not the text of the source (for
+its text exactly as it was tokenized; `backend_differences` says where that is not the text of the source (for
 SentencePiece-BPE, the one space that its normaliser puts in front).
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
@@ -22,24 +23,30 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     Raises:
         UserError: a tokenizer that is neither byte-level nor SentencePiece-BPE: its tokens do not give the text back.
     """
-    return np.array([len(each) for each in token_bytes(tokenizer)], dtype=np.int64)
+    control, name = set(tokenizer.all_special_ids), tokenizer.name_or_path
+    table = backend_token_bytes(tokenizer.backend_tokenizer, control, len(tokenizer), name)
+    return np.array([len(each) for each in table], dtype=np.int64)
 
 
-def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
+def backend_token_bytes(backend: "Tokenizer", control: set[int], num_ids: int, name: str) -> list[bytes]:
     """The bytes of each id, empty for control tokens and for holes in the vocabulary.
 
     A token may be a part of a character: only the bytes of a whole document are sure to be UTF-8.
 
+    Args:
+        control: ids that stand for no text, beside those that the tokenizer marks special.
+        name: of the tokenizer, for messages.
     Raises:
         UserError: as token_byte_lengths.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    is_byte_level = _is_byte_level(backend, tokenizer.name_or_path)
-    added = {token["id"]: token for token in backend["added_tokens"]}
-    control = {id_ for id_, token in added.items() if token["special"]} | set(tokenizer.all_special_ids)
+    raw = json.loads(backend.to_str())
+    is_byte_level = _is_byte_level(raw, name)
+    added = {token["id"]: token for token in raw["added_tokens"]}
+    control = control | {id_ for id_, token in added.items() if token["special"]}
     alphabet = _byte_level_alphabet()
     out = []
-    for id_, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+    for id_ in range(num_ids):
+        token = backend.id_to_token(id_)
         if token is None or id_ in control:
             out.append(b"")
         elif id_ in added:
@@ -55,31 +62,64 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> list[bytes]:
     return out
 
 
-def differences_from_source(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """One sentence for each way in which text as tokenized may differ from the source; [] when it never does."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    is_byte_level = _is_byte_level(backend, tokenizer.name_or_path)
-    normalizers = _parts(backend.get("normalizer"), "normalizers")
-    pre_tokenizers = _parts(backend.get("pre_tokenizer"), "pretokenizers")
-    metaspace = [part for part in (*normalizers, *pre_tokenizers) if part["type"] == "Metaspace"]
-    sentences = []
-    if (
-        any(part["type"] == "Prepend" for part in normalizers)
-        or any(part.get("prepend_scheme", "always") != "never" for part in metaspace)
-        or any(part["type"] == "ByteLevel" and part.get("add_prefix_space") for part in pre_tokenizers)
-    ):
-        sentences.append("The tokenizer puts a space in front of a text: ranges count one byte more than the source.")
+def backend_differences(backend: "Tokenizer", name: str) -> list[str]:
+    """One sentence for each way in which text as tokenized may differ from the source; [] when it never does.
+
+    Args:
+        name: of the tokenizer, for messages.
+    Raises:
+        UserError: as token_byte_lengths.
+    """
+    raw = json.loads(backend.to_str())
+    is_byte_level = _is_byte_level(raw, name)
+    normalizers = _parts(raw.get("normalizer"), "normalizers")
+    pre_tokenizers = _parts(raw.get("pre_tokenizer"), "pretokenizers")
+    plain = [token for token in raw["added_tokens"] if not token["special"]]
+    sentences = [*_spaces_in_front(normalizers, pre_tokenizers, bool(plain))]
+    known = {"Prepend", "Metaspace", "ByteLevel"} | _replaced_spaces(normalizers)
     if not is_byte_level:
         sentences.append("The tokenizer reads the character ▁ (U+2581) of a source as a space.")
-        if not backend["model"].get("byte_fallback"):
+        if not raw["model"].get("byte_fallback"):
             sentences.append("A character outside its vocabulary became one unknown token, which counts as 0 bytes.")
-    others = sorted({part["type"] for part in normalizers} - {"Prepend", "Metaspace"} - _replaced_spaces(normalizers))
+    elif any(backend.token_to_id(character) is None for character in _byte_level_alphabet()):
+        sentences.append("The tokenizer has no token for some bytes: they are left out, or unknown and count as 0.")
+    others = sorted({part["type"] for part in normalizers} - known)
     if others:
         names = ", ".join(others)
         sentences.append(f"The tokenizer normalises text first ({names}): ranges count the bytes after that.")
-    if any((token["lstrip"] or token["rstrip"]) and not token["special"] for token in backend["added_tokens"]):
+    removing = sorted({part["type"] for part in pre_tokenizers if _removes(part)})
+    if removing:
+        sentences.append(f"The tokenizer leaves out what it splits text at ({', '.join(removing)}).")
+    if any(token["lstrip"] or token["rstrip"] for token in plain):
         sentences.append("An added token of the tokenizer swallows the white space beside it.")
     return sentences
+
+
+def _spaces_in_front(
+    normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]], is_cut: bool
+) -> list[str]:
+    """The sentence on a space that is put in front of a text, if one is.
+
+    Args:
+        is_cut: added tokens cut a text into pieces, each of which gets its space.
+    """
+    metaspace = [part.get("prepend_scheme", "always") for part in (*normalizers, *pre_tokenizers)
+                 if part["type"] == "Metaspace"]  # fmt: skip
+    is_always = any(part["type"] == "Prepend" for part in normalizers)
+    is_where_none = any(scheme != "never" for scheme in metaspace) or any(
+        part["type"] == "ByteLevel" and part.get("add_prefix_space") for part in pre_tokenizers
+    )
+    if not is_always and not is_where_none:
+        return []
+    text = "a text" if is_always else "a text that begins with none"
+    behind = ", and behind each added token," if is_cut and (is_always or set(metaspace) != {"first"}) else ""
+    return [f"The tokenizer puts a space in front of {text}{behind}: ranges count one byte more than the source."]
+
+
+def _removes(pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer drops what it splits at, so that no token holds it."""
+    kinds = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
+    return pre_tokenizer["type"] in kinds or pre_tokenizer.get("behavior") == "Removed"
 
 
 def _is_byte_level(backend: dict[str, Any], name: str) -> bool:

@@ -1,9 +1,9 @@
 """What a tokenizer is trained on: a sample of the train documents of all sources.
 
-In: the stream, and how many bytes of text it may be. Out: texts. What does not fit the budget is drawn: a
-source's units (row groups, byte ranges, groups of small files) in the order of a keyed hash of their names, so that all
-parts of a corpus can be in the sample, whatever order its files are in. No more is read than is used, but for held-out
-documents.
+In: the stream, and how many bytes of text it may be. Out: texts, or a tokenizer. What does not fit the budget is
+drawn: a source's units (row groups, byte ranges, groups of small files) in the order of a keyed hash of their names,
+so that all parts of a corpus can be in the sample, whatever order its files are in. No more is read than is used, but
+for held-out documents.
 """
 
 import hashlib
@@ -11,18 +11,42 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from data_prep.encode import text_hash
+from data_prep.filters import iter_clean
 from data_prep.memory import available_memory
 from data_prep.progress import Progress
 from data_prep.readers import Record, read_records
 from data_prep.sizes import format_bytes
 from data_prep.stream import Stream
+from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 from data_prep.units import UNIT_BYTES, Unit
 
 DEFAULT_SAMPLE_BYTES = 2_000_000_000
 KEY = b"sample of a tokenizer"
 WORD = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\s+")  # about GPT-2's words, by what Python's re knows
+
+
+def train_on_sample(
+    stream: Stream, threshold: int, sample_bytes: int, vocab_size: int, folder: Path, control: ControlTokens
+) -> None:
+    """Draw the sample and train on it, with a progress bar of the reading; the library cannot tell its own.
+
+    Raises:
+        UserError: as `train_tokenizer`.
+    """
+    size = min(sum(file.size for _, file in stream.files), sample_bytes)
+    with Progress("reading for the tokenizer", size) as progress:
+
+        def texts() -> Iterator[str]:
+            yield from iter_sample(stream, threshold, sample_bytes, progress)
+            progress.finish()
+            progress.close()
+            text = format_bytes(progress.num_text_bytes)
+            print(f"training a tokenizer of {vocab_size:,} entries on {text} of text ...", file=sys.stderr)
+
+        train_tokenizer(texts(), vocab_size, folder, control)
 
 
 def iter_sample(stream: Stream, threshold: int, sample_bytes: int, progress: Progress) -> Iterator[str]:
@@ -79,7 +103,8 @@ def _drawn(stream: Stream, number: int, budget: int) -> Iterator[tuple[int, Reco
 
 def _documents(stream: Stream, unit: Unit) -> Iterator[Record]:
     records = read_records(unit.pieces, stream.reading(unit.source))
-    return (record for record in records if record.text and record.problem is None)
+    texts = (record for record in records if record.text and record.problem is None)
+    return texts if stream.filters is None else iter_clean(texts, unit.pieces, stream.filters)
 
 
 def _sort_key(stream: Stream, unit: Unit) -> tuple[int, int]:

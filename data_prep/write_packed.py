@@ -26,6 +26,7 @@ from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
 from data_prep.packing import Packed, iter_windows, pack
 from data_prep.pieces import SCHEMA, pieces_path
+from data_prep.progress import Progress
 
 _TOKENS_AT_ONCE = 2**20  # copied: their indices stay in the cache
 
@@ -68,6 +69,7 @@ def write_packed_split(
     dtype: np.dtype,
     packing: str,
     fill: int,
+    progress: Progress,
 ) -> PackedSplit:
     """All of a split but its document map.
 
@@ -92,6 +94,7 @@ def write_packed_split(
         for shard in chain(_fill_shards(folder / split, windows, block_size, dtype, fill, read), [None]):
             if writing is not None:  # it was written while this one was filled
                 shards.append(writing[1].result())
+                progress.add_input(shards[-1].num_bytes, writing[0].blocks is None)
                 while num_used < len(units) and starts[num_used + 1] <= writing[0].end_token:
                     run_path(work, units[num_used].key, run).unlink(missing_ok=True)
                     num_used += 1

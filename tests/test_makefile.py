@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = {"help", "install", "demo", "test", "lint", "datasets", "prep", "inspect", "check"}
+VERBS = {"help", "install", "demo", "test", "lint", "datasets", "prep", "inspect", "stat", "check"}
 VERBS |= {"train", "extend", "anneal", "sample", "explain", "verify", "export", "push"}
 
 
@@ -50,6 +50,8 @@ def test_make_alone_shows_every_verb():
         ),
         (["prep", "RECIPE=recipes/demo.yaml"], ['.venv/bin/python -m clm prep "recipes/demo.yaml"']),
         (["inspect", "DATASET=stdlib"], ['.venv/bin/python -m data_prep inspect "stdlib"']),
+        (["inspect", "DATASET=x", "ARGS=--show 3"], ['.venv/bin/python -m data_prep inspect "x" --show 3']),
+        (["stat", "DATASET=stdlib"], ['.venv/bin/python -m data_prep stat "stdlib"']),
         (["check", "DATASET=stdlib"], ['.venv/bin/python -m data_prep check "stdlib"']),
         (["check", "RECIPE=r.yaml"], ['.venv/bin/python -m clm check "r.yaml"']),
         (
@@ -98,7 +100,7 @@ def test_demo_prepares_trains_and_proves():
 
 @pytest.mark.parametrize(
     ("verb", "name"),
-    [("prep", "DATASET"), ("inspect", "DATASET"), ("check", "DATASET"), ("train", "RECIPE")]
+    [("prep", "DATASET"), ("inspect", "DATASET"), ("stat", "DATASET"), ("check", "DATASET"), ("train", "RECIPE")]
     + [("verify", "RECIPE"), ("extend", "RUN"), ("anneal", "FROM")]
     + [(verb, "RUN") for verb in ("sample", "explain", "export", "push")],
 )

@@ -146,7 +146,7 @@ def test_a_search_names_document_block_and_steps_seen_first(started, capsys):
     out = capsys.readouterr().out
     head, first, second, more = out.rstrip("\n").split("\n\n")
     assert re.match(
-        r"'map of 東京': [\d,]+ times, in [\d,]+ blocks, in 168 kB of text \(tiny; [\d.]+ s, [\d,]+ MB/s\)", head
+        r"'map of 東京': [\d,]+ times, in [\d,]+ blocks, in 153 kB of text \(tiny; [\d.]+ s, [\d,]+ MB/s\)", head
     )
     for place in (first, second):
         where, document, *steps = place.split("\n")
@@ -158,7 +158,7 @@ def test_a_search_names_document_block_and_steps_seen_first(started, capsys):
     assert explain(run, "--token", "[EOT]", "--limit", 1) == 0
     assert capsys.readouterr().out.startswith("token 1 ([EOT]): ")
     assert explain(run, "--grep", "no such text") == 1
-    assert "'no such text': not found in 168 kB of text (tiny;" in capsys.readouterr().out
+    assert "'no such text': not found in 153 kB of text (tiny;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 
 from clm.explain import explain_step, open_text
 from clm.explain_html import draw_histogram, render
-from clm.explain_text import format_explanation, has_colours, loss_class
+from clm.explain_text import format_explanation, loss_class
+from data_prep.vocabulary import has_colours
 
 
 class Page(HTMLParser):

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_explain_pages import Page
-from transformers import AutoTokenizer
 
 from clm.__main__ import main as clm
-from clm.block_text import Vocabulary, read_block
+from clm.block_text import read_block
 from clm.explain import explain_step, open_text
 from clm.explain_html import render
 from clm.search import TextPattern, find_token
 from data_prep.__main__ import main
 from data_prep.blocks import Blocks
 from data_prep.documents import DocumentMap
+from data_prep.vocabulary import Vocabulary
 
 BLOCK = 16
 
@@ -46,7 +46,7 @@ def packed(request, prepared, tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(packed):
     texts, folder = packed
-    vocabulary = Vocabulary(AutoTokenizer.from_pretrained(folder / "tokenizer"))
+    vocabulary = Vocabulary(folder)
     return texts, Blocks(folder, "train"), DocumentMap(folder, "train"), vocabulary
 
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from clm import search
 from clm.search import TextPattern, find_token
 from data_prep import align
 from data_prep.__main__ import main
 from data_prep.blocks import Blocks
-from data_prep.token_bytes import token_bytes
+from data_prep.vocabulary import Vocabulary
 
 BLOCK = 16
 
@@ -33,7 +32,7 @@ def data(tmp_path_factory):
         patch.setattr(search, "_CHUNK", 50)
         blocks = Blocks(folder / "data", "train")
         assert len(blocks.shard_starts) > 20
-        yield blocks, token_bytes(AutoTokenizer.from_pretrained(folder / "data" / "tokenizer"))
+        yield blocks, Vocabulary(folder / "data").table
 
 
 def found(blocks, table, text):

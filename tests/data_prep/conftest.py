@@ -1,10 +1,19 @@
 """For the tests of data_prep: a small tokenizer, and a way to run its commands in this process or in one of its own."""
 
+import fcntl
 import json
+import os
+import pty
 import random
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +26,7 @@ from data_prep.tokenizer_folder import load_backend
 from data_prep.tokenizer_training import ControlTokens, train_tokenizer
 
 WORDS = "the river carries letters and a map of the old town; naïve plans, 東京, 1,024 steps\n\tagain and again 🙂 "
+ROOT = Path(__file__).resolve().parents[2]
 SCORES = (None, 0, 1.5, 2.999, 3, 3.5, 5, 5.001, 9)
 
 
@@ -51,6 +61,24 @@ def run_here(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
+def run_on_terminal(*arguments: object) -> str:
+    """Run `python -m data_prep ...` on a terminal of 120 columns; all that it writes. It must succeed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    written = b""
+    with suppress(OSError):  # EIO: nobody writes to the terminal any more
+        while new := os.read(ours, 2**16):
+            written += new
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
 def write_jsonl(path: Path, texts: Iterable[str], **columns: list) -> Path:
     """A JSON lines file of documents."""
     rows = [{"text": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
@@ -80,14 +108,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def read_documents(folder: Path, split: str) -> list[str]:
     """The documents of a split as text, out of its blocks; without those in the remainder."""
     blocks, documents, backend = Blocks(folder, split), DocumentMap(folder, split), load_backend(folder / "tokenizer")
-    if blocks.num_blocks == 0:
-        return []
-    tokens = blocks.read(range(blocks.num_blocks))[:, :-1].reshape(-1)
-    ends = [document.end_token for document in documents.between(0, blocks.num_tokens)]
-    starts = [0, *ends[:-1]]
-    whole = [(start, end) for start, end in zip(starts, ends, strict=True) if end <= len(tokens)]
-    assert all(tokens[start] == 0 and tokens[end - 1] == 1 for start, end in whole)  # [BOT] ... [EOT]
-    return [backend.decode(tokens[start + 1 : end - 1].tolist(), skip_special_tokens=False) for start, end in whole]
+    texts = []
+    for document in documents.between(0, documents.num_tokens):
+        ranges = documents.ranges(document.first_token, document.end_token)
+        if sum(end - first for first, end in ranges) < document.end_token - document.first_token:
+            break
+        tokens = np.concatenate([blocks.token_at(np.arange(first, end)) for first, end in ranges])
+        assert (tokens[0], tokens[-1]) == (0, 1)  # [BOT] ... [EOT]
+        texts.append(backend.decode(tokens[1:-1].tolist(), skip_special_tokens=False))
+    return texts
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -6,11 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import main, run_here, write_jsonl
+from conftest import main, run_here, run_on_terminal, write_jsonl
 
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
 from data_prep.manifest import load_manifest
+from data_prep.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,9 @@ def copy(dataset, tmp_path):
     return shutil.copytree(dataset, tmp_path / "copy")
 
 
-def test_an_intact_dataset_passes(dataset, capsys):
-    run_here("check", dataset)
-    assert "every count and checksum holds" in capsys.readouterr().out
+def test_an_intact_dataset_passes(dataset):
+    shown = run_on_terminal("check", dataset)
+    assert "checksums: 100%" in shown and "every count and checksum holds" in shown
 
 
 @pytest.mark.parametrize(
@@ -87,16 +88,37 @@ def test_every_document_ends_with_eos_and_text_never_does(dataset):
     assert 0 <= manifest.splits["train"].num_documents - num_eos <= 1  # the last may end in the remainder
 
 
-def test_inspect_shows_documents_and_the_borders_in_blocks(dataset, capsys):
-    assert main(["inspect", str(dataset), "--documents", "2", "--blocks", "2"]) == 0
+def test_inspect_shows_documents_and_opens_blocks_at_the_borders(dataset, capsys):
+    assert main(["inspect", str(dataset), "--documents", "2", "--show", "2", "--first-block", "1"]) == 0
     shown = capsys.readouterr().out
     assert "=== document 0: x/x.jsonl, record" in shown and ", url u" in shown
     assert "[BOT]Document" in shown and "letters. [EOT]" in shown and "says [EOT] and" in shown
-    assert "=== block 1: tokens 16 to 32" in shown and "goes on in the next block" in shown
+    assert "=== block 0:" not in shown and "=== block 1: tokens 16 to 32" in shown and "=== block 2:" in shown
+    assert "(begun earlier): x/x.jsonl, record" in shown and "--- goes on in the next block" in shown
+    assert "\x1b" not in shown
 
 
-def test_stat_gives_the_unigram_entropy_of_the_train_blocks(dataset, capsys):
-    assert main(["stat", str(dataset)]) == 0
+def test_blocks_opened_whole_give_the_split_back(dataset, capsys):
+    """All blocks, without the lines that mark borders: the text of the split, up to the last block's end."""
+    blocks, vocabulary = Blocks(dataset, "train"), Vocabulary(dataset)
+    options = ["--documents", "0", "--show", str(blocks.num_blocks), "--whole"]
+    assert main(["inspect", str(dataset), *options]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    text = [line for line in lines[1:-2] if line and not line.startswith(("===", "---", str(dataset)))]
+    assert "".join(text) == "".join(vocabulary.texts(blocks.token_at(range(blocks.num_tokens))))
+
+
+def test_inspect_colours_a_terminal_and_nothing_else(dataset, capsys):
+    shown = run_on_terminal("inspect", dataset, "--documents", 0, "--show", 1)
+    assert "\x1b[1m=== block 0: tokens 0 to 16\x1b[0m" in shown
+    assert "\x1b[7;2m[BOT]\x1b[0mDocument" in shown and "\x1b[36m--- goes on" in shown
+    run_here("inspect", dataset, "--documents", 0, "--show", 1)
+    shown = capsys.readouterr().out
+    assert "=== block 0: tokens 0 to 16" in shown and "\x1b" not in shown
+
+
+def test_stat_gives_the_unigram_entropy_of_the_train_blocks(dataset, tmp_path, capsys):
+    assert main(["stat", str(dataset), "--html", str(tmp_path / "stat.html")]) == 0
     shown = capsys.readouterr().out
     counts = np.unique(Blocks(dataset, "train").shard_tokens(0), return_counts=True)[1]
     entropy = -sum(count / counts.sum() * math.log(count / counts.sum()) for count in counts)

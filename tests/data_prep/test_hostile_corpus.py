@@ -1,4 +1,4 @@
-"""No text is lost and no byte differs: random corpora, block sizes, workers, encoders and kills."""
+"""No text is lost and no byte differs: random corpora, block sizes, packings, workers, encoders and kills."""
 
 import gzip
 import json
@@ -16,6 +16,7 @@ from conftest import content_of, read_documents, run_here
 
 from data_prep.encode import text_hash
 from data_prep.manifest import load_manifest
+from data_prep.packing import PACKINGS
 
 ROOT = Path(__file__).parents[2]
 SPELLINGS = ("[BOT]", "[EOT]", "[PAD]", "[UNK]", "<|endoftext|>", "</s>", "\ufeff", "\u180e", "\u200d", "\r\n", "\x85")
@@ -66,6 +67,7 @@ def test_any_corpus_survives_kills_and_comes_back_whole(tmp_path, small_tokenize
     rng = random.Random(f"{SEED} {case}")
     texts = write_corpus(tmp_path / "corpus", rng)
     fixed = ["--tokenizer", small_tokenizer, "--block-size", rng.choice((1, 7, 64, 2048)), "--val-fraction", 0.1]
+    fixed += ["--packing", rng.choice(PACKINGS)]
     reference, out = tmp_path / "a" / "out", tmp_path / "b" / "out"
     started_at = time.monotonic()
     run_here("prep", tmp_path / "corpus", *fixed, "--out", reference, "--num-proc", 1, "--encoder", "hf")

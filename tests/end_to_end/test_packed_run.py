@@ -117,6 +117,7 @@ def test_the_loss_of_a_run_is_the_loss_by_hand(train, recipe, packed, packing, m
     assert reload_run(str(run)) == 0
     assert f"({len(targets):,} tokens, fp32)" in capsys.readouterr().out
 
+    assert "% of them padding" in (run / "final" / "README.md").read_text()
     assert clm(["explain", str(run), "--step", "6", "--checkpoint", "5"]) == 0
     explained = capsys.readouterr().out
     assert f"nats on average over {len(by_hand(run / 'checkpoint-5', rows, is_masked)[1])} targets" in explained
