@@ -71,28 +71,42 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 2. The launch: as many processes as were asked for, each on its device.
+    from clm.fsdp import check_devices
     from clm.launch import check_launch, hold_run, make_arguments
+    from clm.roll_call import RollCall
 
     num_processes = check_launch()
+    roll_call = RollCall()
 
     # 3. The plan: data, stages, batch, steps, schedule, disk; every problem of the recipe is told at once.
     from clm.plan import make_plan
     from clm.plan_text import describe_plan
 
-    plan = make_plan(recipe, num_processes, arguments.dry_run)
+    try:
+        plan = make_plan(recipe, num_processes, arguments.dry_run)
+        if not arguments.dry_run:
+            check_devices()
+    except UserError as error:
+        if not arguments.dry_run:
+            roll_call.report_failure(error)
+        raise
     if arguments.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(describe_plan(plan))
         return
+    roll_call.compare(plan)
 
     # 4. The run folder: it must be this recipe's, on this data, and no other process may be writing there.
+    from clm.heartbeat import Heartbeat
     from clm.run_record import check_same_data
     from clm.signals import Requests
 
     check_same_data(plan, arguments.allow_changes)
     args = make_arguments(plan, plan.timeline.stages[0])
     holding = hold_run(plan.run_folder) if args.process_index == 0 else nullcontext()
-    with holding, Requests(plan.run_folder, args.process_index) as requests:
+    heartbeat = Heartbeat(plan.run_folder, args.process_index, num_processes, args.ddp_timeout)
+    with holding, Requests(plan.run_folder, args.process_index) as requests, heartbeat:
+        requests.heartbeat = heartbeat
         run(plan, args, requests)
 
 
@@ -134,9 +148,11 @@ def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
 def train(plan: Plan, requests: Requests) -> ClmTrainer:
     """From the newest checkpoint, or from the beginning, to the end of its stage; `outcome` says why it ended."""
     from clm.events import excluded_ranges
+    from clm.fsdp import is_fsdp
     from clm.launch import agree, make_arguments, pick_checkpoint
     from clm.metrics import cut_back_run
     from clm.model import build_model
+    from clm.same_weights import check_first_weights
     from clm.trainer import ClmTrainer
 
     # a. Where it goes on: what rollbacks took out, and the checkpoint, chosen for all ranks.
@@ -149,20 +165,14 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     # b. The stage's batch, and the model with its first weights; those of a checkpoint replace them.
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
-    model = build_model(
-        plan.recipe.model,
-        plan.config,
-        plan.tokenizer,
-        plan.attention,
-        plan.seed,
-        dict(stage.rope),
-        plan.speed.loss,
-        plan.speed.is_fast,
-    )
+    first = (plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
+    model = build_model(*first, plan.speed.loss, plan.speed.is_fast, is_sharded=is_fsdp())
 
     # c. The HF Trainer.
     trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))
     trainer.progress.seconds_before = facts.get("time_s", 0.0)
+    if checkpoint is None:
+        check_first_weights(trainer)
     requests.follow(trainer)
     trainer.spikes.start(facts.get("spikes"))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from clm.dataset import FILLER
 from clm.metrics import JsonLines
 from clm.run_folder import read_json_lines
 
@@ -26,8 +27,11 @@ class BlockRecord(TrainerCallback):
 
     def note(self, inputs: dict[str, Any]) -> None:
         """Take the sample numbers out of a micro-batch and note them with its tokens."""
-        self.samples += dict.fromkeys(inputs.pop("samples").tolist())  # run.speed: stock has one for each row
-        self.digest.update(inputs["input_ids"].to("cpu", torch.int64).contiguous().numpy().tobytes())
+        samples = inputs.pop("samples").cpu()
+        is_real = samples != FILLER
+        self.samples += dict.fromkeys(samples[is_real].tolist())  # run.speed: stock has one for each row
+        blocks = inputs["input_ids"].to("cpu", torch.int64).reshape(len(samples), -1)[is_real]
+        self.digest.update(blocks.contiguous().numpy().tobytes())
 
     def on_step_end(self, args, state, control, **kwargs):
         record = {"step": state.global_step, "num_processes": args.world_size, "samples": self.samples}

@@ -26,9 +26,11 @@ from data_prep.manifest import sha256_of
 from data_prep.sizes import format_bytes
 
 SAVING = ".saving"
+UNSHARDED = ".unsharded"  # models made of sharded checkpoints (clm/unshard.py)
 # What only a resume needs, as globs; the rest of a checkpoint is a model in Hub format, its recipe and environment.
 RESUME_ONLY = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
 RESUME_ONLY += ("global_step*/*", "latest", "zero_to_fp32.py")  # DeepSpeed's
+RESUME_ONLY += ("sharded/*",)  # FSDP2's
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk itself, a quota, a limit of the file's size
 
@@ -131,6 +133,7 @@ def trash(path: Path) -> None:
     """Delete a folder so that a kill in between leaves nothing partial under its name."""
     gone = path.parent / f".trash-{path.name}"
     shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(path.parent / UNSHARDED / path.name, ignore_errors=True)
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
 

@@ -21,31 +21,56 @@ import torch
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.training_args import ParallelMode
 
+from clm.order import ORDER_VERSION
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from clm.trainer import ClmTrainer
 
-# Files that each rank writes for itself: stock's random state, DeepSpeed's shards. All others are the publisher's.
-_RANK_FILE = re.compile(r"rng_state_(\d+)\.pth$|(?:^|/)(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank")
+# Files that each rank writes for itself: stock's random state, DeepSpeed's shards, FSDP2's. All others are the
+# publisher's.
+_RANK_FILE = re.compile(
+    r"rng_state_(\d+)\.pth$|(?:^|/)(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank|^sharded/__(\d+)[._]|^ballast-(\d+)$"
+)
 
 
 def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
     """This rank's part of a checkpoint; nothing is copied.
 
     Args:
-        is_publisher: model, optimizer and trainer state are this rank's to write, not only its random state.
+        is_publisher: model, optimizer and trainer state are this rank's to write, not only its random state. Under
+            FSDP2 model and optimizer are not in it (clm/sharded.py).
     """
     args = trainer.args
     name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
     files: dict[str, Any] = {name: random_state(args.parallel_mode == ParallelMode.DISTRIBUTED)}
     if not is_publisher:
         return {"files": files}
-    files["optimizer.pt"] = trainer.optimizer.state_dict()
+    if not trainer.is_fsdp_enabled:
+        files["optimizer.pt"] = trainer.optimizer.state_dict()
     files["scheduler.pt"] = trainer.lr_scheduler.state_dict()
     if getattr(trainer.accelerator, "scaler", None) is not None:
         files["scaler.pt"] = trainer.accelerator.scaler.state_dict()
-    return {"files": files, "model": trainer.model.state_dict(), "trainer_state": trainer_state(trainer)}
+    state = {"files": files, "trainer_state": trainer_state(trainer)}
+    return state if trainer.is_fsdp_enabled else {**state, "model": trainer.model.state_dict()}
+
+
+def checkpoint_facts(trainer: ClmTrainer) -> dict[str, Any]:
+    """What checkpoint.json says besides the files. A collective."""
+    summed_loss = trainer.accelerator.gather(trainer._tr_loss).mean().item()
+    return {
+        "step": trainer.state.global_step,
+        "tokens": trainer.num_tokens,
+        "time_s": trainer.progress.seconds,
+        "order_version": ORDER_VERSION,
+        "num_processes": trainer.args.world_size,
+        "pending_loss": {"since_step": trainer._globalstep_last_logged, "summed_loss": summed_loss},
+        "datasets": trainer.plan.fingerprints,
+        "excluded": [list(r) for r in trainer.plan.timeline.excluded],
+        "eval_loss": trainer._evaluated.get(trainer.state.global_step),
+        "spikes": trainer.spikes.state(),
+    }
 
 
 def random_state(is_distributed: bool) -> dict[str, Any]:
@@ -82,9 +107,22 @@ def write_files(
         torch.save(value, folder / name)
     if "model" in state:
         model.save_pretrained(folder, state_dict=dict(state["model"]))
+    if "trainer_state" in state:
+        if "model" not in state:
+            write_configs(folder, model)
         tokenizer.save_pretrained(folder)
         state["trainer_state"].save_to_json(str(folder / "trainer_state.json"))
         write_texts(folder, recipe)
+
+
+def write_configs(folder: Path, model: PreTrainedModel) -> None:
+    """config.json and generation_config.json, with which the shards can be made a model."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def write_texts(folder: Path, recipe: Path) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from clm.document_mask import DocumentMask
     from clm.timeline import Stage, Timeline
 
+FILLER = -1  # a sample number: a block without targets, where a global batch does not divide (run.uneven_batch)
 _LOOK_UP = 4096  # samples whose blocks are found at once
 IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -109,11 +110,13 @@ class TrainBlocks(torch.utils.data.Dataset):
 
     def __getitems__(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Inputs and targets of a whole micro-batch at once, rows in the order of the samples, and the samples."""
-        dataset, block = self._find(samples)
+        numbers = np.asarray(samples)
+        known = np.where(numbers == FILLER, max(numbers.max(), 0), numbers)  # a filler needs no block of its own
+        dataset, block = self._find(known.tolist())
         shape = (len(samples), self.splits[0].block_size)
-        inputs, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
         for j, split in enumerate(self.splits):
-            mine = np.flatnonzero(dataset == j)
+            mine = np.flatnonzero((dataset == j) & (numbers != FILLER))
             if mine.size:
                 inputs[mine], targets[mine] = read_blocks(split, block[mine], self.controls[j])
         return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size), samples
@@ -169,11 +172,13 @@ class OrderSampler(torch.utils.data.Sampler[int]):
         self.stage = stage
 
     def __len__(self) -> int:
-        return self.timeline.num_steps * self.stage.samples_per_step  # as if the whole run were like this stage
+        return self.timeline.num_steps * self.trainer.plan.slots_per_step(self.stage)  # as if all stages were this one
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.trainer.state.global_step + 1, self.stage.last_step + 1):
-            yield from self.timeline.samples_of_step(step).tolist()
+            samples = self.timeline.samples_of_step(step).tolist()
+            yield from samples
+            yield from [FILLER] * (self.trainer.plan.slots_per_step(self.stage) - len(samples))
 
 
 class ValidationRows:

@@ -7,6 +7,8 @@ training is started as always, and goes on from the checkpoint by the resume pat
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -117,7 +119,7 @@ def anneal_run(checkpoint: str, num_tokens: int, mixture: str | None, name: str 
     except BaseException:
         shutil.rmtree(run)
         raise
-    sha256 = read_checkpoint_facts(source)["files"]["model.safetensors"]["sha256"]
+    sha256 = _hash_of_weights(read_checkpoint_facts(source)["files"])
     lineage = {"step": step, "tokens": before.timeline.tokens_before(step), "weights_sha256": sha256}
     append_event(run, {"event": "forked", "from": str(trunk), **lineage})
     append_event(trunk, {"event": "fork", "to": str(run), **lineage})
@@ -131,6 +133,13 @@ def anneal_run(checkpoint: str, num_tokens: int, mixture: str | None, name: str 
         f"{run}: {source} and {num_tokens:,} tokens more\n{_compare_rates(before, after, step)}{falling}\n"
         f"Start it with: make train RECIPE={shlex.quote(str(run / 'recipe.yaml'))}"
     )
+
+
+def _hash_of_weights(files: dict[str, dict[str, Any]]) -> str:
+    """The SHA-256 of model.safetensors; of several files, shards included, that of the list of theirs."""
+    names = [name for name in sorted(files) if name.endswith(".safetensors") or name.startswith("sharded/")]
+    sums = [files[name]["sha256"] for name in names]
+    return sums[0] if len(sums) == 1 else hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _plan(path: Path) -> Any:

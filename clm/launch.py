@@ -12,11 +12,14 @@ import time
 import uuid
 import warnings
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from clm.arguments import DEFAULTS, build_arguments, scheduler_kwargs
 from clm.checkpoint import clean_run_folder, find_damage, read_checkpoint_facts, rolled_back_at, total_bytes
+from clm.fsdp import configure_cpu, is_fsdp
+from clm.loading import check_layout
 from clm.metrics import log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
@@ -25,6 +28,8 @@ from clm.timeline import Stage
 from data_prep.errors import UserError
 from data_prep.lock import folder_lock
 from data_prep.sizes import format_bytes
+
+DEFAULT_TIMEOUT_S = 1800  # TrainingArguments' own
 
 
 def check_launch() -> int:
@@ -87,8 +92,22 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
                 **plan.training.get("accelerator_config", {}),
                 "use_configured_state": True,
             }
+        elif is_fsdp():
+            configure_cpu(_timeout(plan))
+            derived["use_cpu"] = True
+            derived["accelerator_config"] = {
+                **plan.training.get("accelerator_config", {}),
+                "use_configured_state": True,
+            }
         elif plan.num_processes > 1:
+            from accelerate import PartialState
+
+            PartialState(cpu=True, timeout=_timeout(plan))  # transformers' own way gives a CPU's group no timeout
             derived["use_cpu"] = True  # otherwise each process is a run of its own, of world size 1
+            derived["accelerator_config"] = {
+                **plan.training.get("accelerator_config", {}),
+                "use_configured_state": True,
+            }
             _let_torch_load_to_indexed_cpu()
     try:
         args = build_arguments(plan.training, derived)
@@ -106,6 +125,10 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
             "%s GPUs are visible, one is used: start with accelerate launch to use all.", torch.cuda.device_count()
         )
     return args
+
+
+def _timeout(plan: Plan) -> timedelta:
+    return timedelta(seconds=plan.training.get("ddp_timeout", DEFAULT_TIMEOUT_S))
 
 
 @functools.cache
@@ -180,6 +203,7 @@ def pick_checkpoint(plan: Plan) -> tuple[Path | None, dict[str, Any]]:
             f"{checkpoint}: was made with version {facts['order_version']} of the data order, this code has "
             f"{ORDER_VERSION}. It would see other data. Check out the code it was made with."
         )
+    check_layout(checkpoint, facts, plan)
     for newer in [path for step, path in list_weights(run) if step > facts["step"]]:
         log.warning("%s: holds weights only, so the run continues from before it.", newer)
     log.info(

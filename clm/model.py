@@ -25,6 +25,7 @@ from clm.recipe_sections import ModelSection, SampleSettings
 from data_prep.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight", "w2.weight")
@@ -205,6 +206,7 @@ def build_model(
     rope: dict[str, Any] | None = None,
     loss: str | None = None,
     is_fast: bool = False,
+    is_sharded: bool = False,
 ) -> PreTrainedModel:
     """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3).
 
@@ -212,6 +214,7 @@ def build_model(
         rope: the stage's.
         loss: how the loss-only forward computes (clm/loss_only.py); None leaves the model its own.
         is_fast: experts follow autocast (clm/mixed_precision.py).
+        is_sharded: FSDP2: its matrices have no memory yet; clm/fsdp.py divides and fills them.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -223,7 +226,11 @@ def build_model(
 
     config = with_rope(config, {**section.rope, **(rope or {})}, "model.rope")
     set_special_ids(config, tokenizer)
-    if section.init == "random":
+    if is_sharded:
+        from clm.first_weights import build_empty_model
+
+        model = build_empty_model(section, config, attention, seed)
+    elif section.init == "random":
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         draw_weights(model, seed, section.scaled_init)
@@ -252,16 +259,22 @@ def draw_weights(model: PreTrainedModel, seed: int, scaled: bool) -> None:
     """Draw every matrix anew, as the module says; one-dimensional parameters stay as the class made them."""
     import torch
 
-    std = getattr(model.config, "initializer_range", 0.02)
-    num_layers = model.config.num_hidden_layers
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # tied weights appear once, under their first name
             with _gathered(parameter):
-                if parameter.dim() < 2:
-                    continue
-                own = std / math.sqrt(2 * num_layers) if scaled and name.endswith(RESIDUAL_WRITERS) else std
-                generator = torch.Generator().manual_seed(derive_key(seed, "weights", name) >> 1)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, own, generator=generator))
+                if parameter.dim() >= 2:
+                    parameter.copy_(draw_matrix(model.config, seed, scaled, name, parameter.shape))
+
+
+def draw_matrix(config: PretrainedConfig, seed: int, scaled: bool, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The first values of one matrix, fp32 on the CPU, the same under every launcher."""
+    import torch
+
+    std = getattr(config, "initializer_range", 0.02)
+    if scaled and name.endswith(RESIDUAL_WRITERS):
+        std /= math.sqrt(2 * config.num_hidden_layers)
+    generator = torch.Generator().manual_seed(derive_key(seed, "weights", name) >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def _gathered(parameter: Any) -> contextlib.AbstractContextManager:

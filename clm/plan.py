@@ -6,6 +6,7 @@ No GPU is needed, and no weight is allocated.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clm.arguments import check_training
 from clm.dataset import ValidationRows
 from clm.document_mask import DocumentMask
+from clm.fsdp import check_fsdp
 from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_tokenizer, open_mixture, open_validation
 from clm.layout import lay_out, make_order, make_timeline
 from clm.model import check_model, check_samples, count_parameters, with_rope
@@ -81,7 +83,11 @@ class Plan:
 
     def accumulation(self, stage: Stage) -> int:
         """Micro-batches of one device between two optimizer steps of a stage."""
-        return stage.samples_per_step // (self.samples_per_micro_batch * self.num_processes)
+        return math.ceil(stage.samples_per_step / (self.samples_per_micro_batch * self.num_processes))
+
+    def slots_per_step(self, stage: Stage) -> int:
+        """Prepared blocks that all devices see in one step: with run.uneven_batch the last ones may be fillers."""
+        return self.accumulation(stage) * self.samples_per_micro_batch * self.num_processes
 
     @property
     def attention(self) -> str:
@@ -147,6 +153,10 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         check_model(recipe.model, config, tokenizer, str(splits[0].folder), problems)
         _check_positions(recipe, config)
         check_samples(recipe.run.samples, config, tokenizer, problems)
+    if recipe.run.uneven_batch and getattr(config, "output_router_logits", False):
+        problems.add(
+            "run.uneven_batch", "is true but this model's router would count the fillers in its loss. Remove it."
+        )
     validation = open_validation(recipe, splits, training, unchecked if dry_run else None)
     stages = []
     data = recipe.data
@@ -155,6 +165,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         _check_stages(recipe, training, stages, splits, num_processes)
     precision, why_precision = _choose_precision(training, problems)
     check_policy(recipe, training, precision)
+    check_fsdp(recipe, training, num_processes)
     block_size = max([item.block_size or data.block_size for item in data.all_stages])
     speed = choose_speed(recipe, training, config, block_size, precision, _has_gpu(training))
     problems.raise_if_any()
@@ -250,7 +261,8 @@ def _check_stages(
             f"({step} rows). Use {' or '.join(map(str, near))}.",
         )
         return
-    together = micro * num_processes
+    is_uneven = recipe.run.uneven_batch  # then only whole prepared blocks are needed
+    together = prepared if is_uneven else micro * num_processes
     for stage in stages:
         if stage.tokens_per_step % together:
             is_own = bool(data.stages) and data.stages[stage.index].tokens_per_step is not None
@@ -258,8 +270,11 @@ def _check_stages(
             near = " or ".join(str(v) for v in (low, low + together) if v)
             problems.add(
                 f"data.stages[{stage.index}].tokens_per_step" if is_own else "data.tokens_per_step",
-                f"is {stage.tokens_per_step:,} but must be a multiple of {rows} rows x {data.block_size} tokens x "
-                f"{num_processes} processes = {together:,}. Use {near}, or another per_device_train_batch_size.",
+                f"is {stage.tokens_per_step:,} but must be a multiple of the prepared blocks' {prepared:,}. Use {near}."
+                if is_uneven
+                else f"is {stage.tokens_per_step:,} but must be a multiple of {rows} rows x {data.block_size} tokens x "
+                f"{num_processes} processes = {together:,}. Use {near}, or another per_device_train_batch_size; or "
+                "keep it with run.uneven_batch: true, which fills the last micro-batches with rows that do not count.",
             )
             if not is_own:
                 return

@@ -79,9 +79,13 @@ def _speed(plan: Plan) -> list[str]:
 
 def _batch(plan: Plan, stage: Stage) -> str:
     rows = plan.samples_per_micro_batch * plan.prepared_block_size // stage.block_size
+    product = f"{rows} rows x {stage.block_size} tokens x {plan.num_processes} processes x {plan.accumulation(stage)}"
+    slots, used = plan.slots_per_step(stage), stage.samples_per_step
+    if slots == used:
+        return f"{product} accumulation = {stage.tokens_per_step:,} tokens per step"
     return (
-        f"{rows} rows x {stage.block_size} tokens x {plan.num_processes} processes x {plan.accumulation(stage)} "
-        f"accumulation = {stage.tokens_per_step:,} tokens per step"
+        f"{product} accumulation = {slots * plan.prepared_block_size:,} tokens, of which {stage.tokens_per_step:,} "
+        f"count: {100 * (slots - used) / slots:.1f} % of the work is filling (run.uneven_batch)"
     )
 
 

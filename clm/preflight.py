@@ -23,6 +23,7 @@ from clm.metrics import log
 from clm.plan import BYTES_PER_PARAMETER
 from clm.retention import count_kept
 from clm.run_folder import PREFIX
+from clm.sharded import SHARDED
 from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
 
@@ -77,10 +78,15 @@ def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, floa
     if saver.trainer.is_deepspeed_enabled:
         saver.write_by_engine(model, None, folder)  # the engine's optimizer state is there from the beginning
     else:
+        saver.shards.take(saver.shards.collect())
         saver.write(folder, collect(saver.trainer, saver.is_publisher))
-        if saver.is_publisher:
-            plan = saver.trainer.plan
-            _write_ballast(folder, plan.checkpoint_bytes - plan.num_parameters * BYTES_PER_PARAMETER)
+        plan = saver.trainer.plan
+        ballast_bytes = plan.checkpoint_bytes - plan.num_parameters * BYTES_PER_PARAMETER
+        if saver.shards.is_used:
+            share = ballast_bytes // len(saver.ranks)
+            _write_ballast(folder / f"ballast-{saver.rank}", share, [*folder.glob(f"{SHARDED}/__{saver.rank}_*")])
+        elif saver.is_publisher:
+            _write_ballast(folder / "ballast", ballast_bytes, [*folder.glob("*.safetensors")])
     files = saver.hash_own_files(folder)
     write_s = time.perf_counter() - started_at
     started_at = time.perf_counter()
@@ -95,11 +101,12 @@ def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, floa
     return total_bytes(files), write_s, time.perf_counter() - started_at
 
 
-def _write_ballast(folder: Path, num_bytes: int) -> None:
+def _write_ballast(path: Path, num_bytes: int, sources: list[Path]) -> None:
     """In place of the optimizer's state, which the first step makes: as many bytes of the model's weights."""
-    written, sources = 0, list(folder.glob("*.safetensors"))
-    assert any(source.stat().st_size for source in sources), f"no weights in {folder}"
-    with open(folder / "ballast", "wb") as ballast:
+    written = 0
+    if not any(source.stat().st_size for source in sources):
+        return  # a replica of HSDP, which writes nothing
+    with open(path, "wb") as ballast:
         for source in itertools.cycle(sources):
             with open(source, "rb") as weights:
                 while piece := weights.read(min(num_bytes - written, _PIECE)):

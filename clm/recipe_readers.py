@@ -131,6 +131,7 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
         preflight=read_boolean(raw, "run.preflight", True, problems),
         full_disk=read_choice(raw, "run.full_disk", "continue", FULL_DISK_CHOICES, problems),
         record_blocks=read_boolean(raw, "run.record_blocks", False, problems),
+        uneven_batch=read_boolean(raw, "run.uneven_batch", False, problems),
     )
 
 

@@ -155,3 +155,4 @@ class RunSection:
     preflight: bool = True
     full_disk: str = "continue"
     record_blocks: bool = False
+    uneven_batch: bool = False

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from clm.checkpoint import RESUME_ONLY, SAVING, publish, read_checkpoint_facts, rolled_back_at, trash
+from clm.checkpoint import RESUME_ONLY, SAVING, hash_files, publish, read_checkpoint_facts, rolled_back_at, trash
 from clm.recipe_sections import Retention
 from clm.run_folder import (
     MANIFEST,
@@ -31,6 +31,7 @@ from clm.run_folder import (
     list_checkpoints,
     list_weights,
 )
+from clm.sharded import is_sharded
 from data_prep.errors import UserError
 
 
@@ -145,19 +146,23 @@ def reduce_to_weights(checkpoint: Path) -> Path:
 
     Raises:
         OSError: it cannot be written; the checkpoint is as before.
-        UserError: the checkpoint holds sharded weights only.
+        UserError: the checkpoint holds no weights that could be kept alone.
     """
     run, name = checkpoint.parent, checkpoint.name.replace(PREFIX, WEIGHTS_PREFIX)
     if not (run / name / WEIGHTS_MANIFEST).is_file():
         facts = read_checkpoint_facts(checkpoint)
         files = {n: f for n, f in facts["files"].items() if not any(fnmatch(n, glob) for glob in RESUME_ONLY)}
-        if not any(file.endswith(".safetensors") for file in files):
+        if not is_sharded(checkpoint) and not any(file.endswith(".safetensors") for file in files):
             raise UserError(f"{checkpoint}: holds no *.safetensors to reduce it to, so it is kept in full.")
         temporary = run / SAVING / name
         shutil.rmtree(temporary, ignore_errors=True)
         for file in files:
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
             _link(checkpoint / file, temporary / file)
+        if is_sharded(checkpoint):
+            from clm.unshard import write_weights
+
+            files |= hash_files(temporary, write_weights(checkpoint, temporary))
         about = {name: value for name, value in facts.items() if name not in ("files", "sha256")}
         publish(temporary, run / name, about, files, WEIGHTS_MANIFEST)
     trash(checkpoint)

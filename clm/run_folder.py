@@ -139,10 +139,13 @@ def model_folder(run: Path, checkpoint: int | None = None) -> Path:
                     "It has no checkpoint yet either. Wait for one, or train again with the same recipe to continue."
                 )
             raise UserError(f"{folder}: does not exist, because the run has not finished. {remedy}")
+    if (folder / "sharded").is_dir():  # of FSDP2
+        from clm.unshard import model_of_shards
+
+        folder = model_of_shards(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder}: holds no *.safetensors, so it cannot be loaded as a model. "
-            "Sharded checkpoints are only for resuming. Use final/, or another checkpoint."
+            f"{folder}: holds no *.safetensors, so it cannot be loaded as a model. Use final/, or another checkpoint."
         )
     return folder
 

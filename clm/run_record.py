@@ -41,6 +41,7 @@ FREE_KEYS = {
     "run.full_disk",
     "run.save_in_background",
     "run.record_blocks",
+    "run.uneven_batch",
 }
 FREE_TRAINING_KEYS = {
     "per_device_train_batch_size",

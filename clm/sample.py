@@ -26,6 +26,7 @@ def generate_samples(
     top_k: int = 20,
     seed: int = 0,
     num_per_prompt: int = 1,
+    is_shared: bool = False,
 ) -> list[str]:
     """Sample texts; len(prompts) * num_per_prompt of them, those of one prompt side by side.
 
@@ -35,6 +36,7 @@ def generate_samples(
     Args:
         temperature: 0 takes the likeliest token each time.
         top_k: only the k likeliest tokens are drawn from; 0 means all.
+        is_shared: the model is divided among processes, which all call this with the same arguments.
     Raises:
         UserError: several texts at temperature 0, or prompt and new tokens do not fit the model's positions.
     """
@@ -73,7 +75,9 @@ def generate_samples(
                     )
                 torch.manual_seed(zlib.crc32(f"{seed} {prompt}".encode()))  # torch uses 32 bits on a CPU
                 inputs = torch.tensor([ids], device=model.device)
-                rows = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
+                rows = model.generate(
+                    inputs, attention_mask=torch.ones_like(inputs), generation_config=config, synced_gpus=is_shared
+                )
                 texts += tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     finally:
         model.train(was_training)

@@ -6,7 +6,8 @@ each disk, the publisher, writes model and optimizer, waits for the markers of a
 into the folder (never by a collective, which would meet those of the training), and publishes the checkpoint.
 
 One checkpoint is in the making at a time: the next save waits for it. Without the memory for a copy, or where the
-recipe says so, the same is done while training waits. DeepSpeed writes its own files, while training waits.
+recipe says so, the same is done while training waits. Under FSDP2 each rank writes its shards of model and optimizer
+(clm/sharded.py) in the same way. DeepSpeed writes its own files, while training waits.
 """
 
 from __future__ import annotations
@@ -38,23 +39,22 @@ from clm.checkpoint import (
     user_mask,
     write_json,
 )
-from clm.contents import collect, own_files, write_files, write_texts
+from clm.contents import checkpoint_facts, collect, own_files, write_files, write_texts
 from clm.disks import choose_publisher, find_ranks_of_disk
 from clm.metrics import log
 from clm.push import push_checkpoint
 from clm.retention import apply_retention
 from clm.run_folder import PREFIX
 from clm.run_record import RECORD, write_record
-from clm.snapshot import Buffers, copy_to_host, num_bytes_to_copy
+from clm.sharded import ShardWriter, num_local_bytes
+from clm.snapshot import Buffers, copy_to_host, find_lack_of_memory, num_bytes_to_copy
 from data_prep.errors import UserError
-from data_prep.memory import available_memory
 from data_prep.sizes import format_bytes
 
 if TYPE_CHECKING:
     from clm.trainer import ClmTrainer
 
 MARKER_WAIT_S = 900  # all ranks begin to write at one step, so their parts differ by no more than a slow disk
-MEMORY_SHARE = 0.8  # of what is available: the rest of the machine goes on
 RETRY_S = 60  # with run.full_disk: pause
 GRACE_S = 10  # when the training fails, for the parts of other ranks: those that live have begun to write theirs
 
@@ -72,6 +72,7 @@ class Saver:
         self.is_publisher = self.rank == self.publisher
         self.num_bytes: int = trainer.plan.checkpoint_bytes  # of a checkpoint: an estimate until one was written
         self.is_engine_writing = False
+        self.shards = ShardWriter(trainer, self.ranks)
         self._tokenizer = copy.deepcopy(trainer.processing_class)  # the thread's own
         self._buffers: Buffers = {}
         self._thread: threading.Thread | None = None
@@ -101,17 +102,19 @@ class Saver:
         with contextlib.suppress(OSError):  # a disk that cannot take even this shows when the files are written
             folder.mkdir(parents=True, exist_ok=True)
         trainer.store_flos()
-        facts = trainer.checkpoint_facts()  # a collective: after it every rank finds the folder
+        facts = checkpoint_facts(trainer)  # a collective: after it every rank finds the folder
         if trainer.is_deepspeed_enabled:
             self._say_once("DeepSpeed writes its own files")
             self._save_by_engine(model, trial, folder, facts, started_at)
             return
-        state = collect(trainer, self.is_publisher)
-        reason = self._why_training_waits(state)
+        state, shards = collect(trainer, self.is_publisher), self.shards.collect()
+        reason = self._why_training_waits(state, shards)
         if reason is not None:
             self._say_once(reason)
+            self.shards.take(shards)
             self._write_and_publish(folder, state, facts, started_at)
             return
+        self.shards.start(shards, folder)
         state = copy_to_host(state, self._buffers)
         stopped_s = time.perf_counter() - started_at
         task = (folder, state, facts, started_at, stopped_s)
@@ -182,6 +185,7 @@ class Saver:
         """Write this rank's files."""
         if self.is_publisher:
             folder.mkdir(parents=True, exist_ok=True)
+        self.shards.finish(folder)
         write_files(folder, state, self.trainer.model, self._tokenizer, self.run / RECORD)
 
     def hash_own_files(self, folder: Path) -> Files:
@@ -199,6 +203,7 @@ class Saver:
             files |= self._await_marker(folder / f".rank-{rank}", rank)
         for rank in others:
             (folder / f".rank-{rank}").unlink()
+        files = self.shards.join(folder, files)
         publish(folder, self.run / folder.name, facts, dict(sorted(files.items())))
         self.num_bytes = total_bytes(files)
 
@@ -329,16 +334,14 @@ class Saver:
 
     # --- in the background? -----------------------------------------------------------------------------------------
 
-    def _why_training_waits(self, state: dict[str, Any]) -> str | None:
+    def _why_training_waits(self, state: dict[str, Any], shards: dict[str, Any]) -> str | None:
         if not self.settings.save_in_background:
             return "run.save_in_background is false"
         if "wandb" in self.trainer.args.report_to and os.environ.get("WANDB_LOG_MODEL") == "checkpoint":
             return "WANDB_LOG_MODEL is checkpoint, and W&B takes it as soon as it is saved"
-        if not self._buffers:
-            need, room = num_bytes_to_copy(state), available_memory()
-            if room is not None and need > MEMORY_SHARE * room:
-                return f"its copy takes {format_bytes(need)} of memory, {format_bytes(room)} are available"
-        return None
+        if self._buffers:
+            return None
+        return find_lack_of_memory(num_bytes_to_copy(state) + num_local_bytes(shards))
 
     def _say_once(self, reason: str) -> None:
         if not self._has_said_why:

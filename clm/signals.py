@@ -138,6 +138,7 @@ class Requests(TrainerCallback):
         self.is_main = rank == 0
         self.watch = SignalWatch(says=self.is_main)
         self.trainer: ClmTrainer | None = None
+        self.heartbeat: TrainerCallback | None = None
         self._agreed = NOTHING
         self._group: dist.ProcessGroup | None = None
         self._number = torch.zeros(1, dtype=torch.int64)
@@ -157,6 +158,8 @@ class Requests(TrainerCallback):
         """Take part in a training. Before the watch for spikes does: it judges what is about to be saved."""
         self.trainer = trainer
         trainer.add_callback(self)
+        if self.heartbeat is not None:
+            trainer.add_callback(self.heartbeat)
 
     # --- Trainer's events -------------------------------------------------------------------------------------------
 

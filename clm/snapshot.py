@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 
+from data_prep.memory import available_memory
+from data_prep.sizes import format_bytes
+
 Buffers = dict[tuple, torch.Tensor]
+MEMORY_SHARE = 0.8  # of what is available: the rest of the machine goes on
 
 
 def copy_to_host(value: Any, buffers: Buffers) -> Any:
@@ -62,3 +66,11 @@ def _identity(tensor: torch.Tensor) -> tuple:
     if tensor.numel() == 0 or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def find_lack_of_memory(need_bytes: int) -> str | None:
+    """Why there is no room for a copy, or None."""
+    room = available_memory()
+    if room is None or need_bytes <= MEMORY_SHARE * room:
+        return None
+    return f"its copy takes {format_bytes(need_bytes)} of memory, {format_bytes(room)} are available"

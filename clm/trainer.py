@@ -18,11 +18,13 @@ from clm.checkpoint import SAVING
 from clm.dataset import OrderSampler, TrainBlocks, ValidationRows
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fast_steps import FastSteps, make_collator
-from clm.metrics import JsonLines, Progress, log
-from clm.order import ORDER_VERSION
+from clm.fsdp import gather_state, shard
+from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
+from clm.metrics import JsonLines, Progress
 from clm.plan import Plan
 from clm.run_flow import PendingLoss, RunFlow
 from clm.saving import Saver
+from clm.show_evaluation import show_evaluation
 from clm.signals import shield_workers
 from clm.spikes import SpikeWatch
 from clm.timeline import Stage
@@ -61,7 +63,7 @@ class ClmTrainer(FastSteps):
             plan.splits,
             plan.order,
             stage.block_size,
-            plan.num_steps * stage.samples_per_step,
+            plan.num_steps * plan.slots_per_step(stage),
             plan.seed if data.permute_labels else None,
         )
         as_bar = None if not plan.training.get("disable_tqdm") else False
@@ -75,6 +77,8 @@ class ClmTrainer(FastSteps):
             processing_class=plan.tokenizer,
             callbacks=[self.progress, RunFlow(pending_loss, self)],
         )
+        if self.is_fsdp_enabled:
+            shard(self)
         self.spikes = SpikeWatch(self, args.device)
         self.block_record = None
         if plan.recipe.run.record_blocks:
@@ -108,8 +112,9 @@ class ClmTrainer(FastSteps):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Stock, and the norm is told to the watch, before the update that it may take back."""
-        self.spikes.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.spikes.grad_norm
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.spikes.grad_norm = norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return norm
 
     # --- optimizer --------------------------------------------------------------------------------------------------
 
@@ -133,10 +138,20 @@ class ClmTrainer(FastSteps):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py)."""
+        if is_ours(self, resume_from_checkpoint):
+            load_weights(self, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Stock, but the learning rate is that of the present schedule: stock goes on for one step with the saved one,
         which differs where the run was extended or forked."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and is_ours(self, checkpoint):
+            load_optimizer_and_scheduler(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler = self.lr_scheduler
             factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
@@ -175,7 +190,7 @@ class ClmTrainer(FastSteps):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._evaluated = {self.state.global_step: metrics["eval_loss"]}
-        self._after_evaluation(metrics)
+        show_evaluation(self, metrics)
         return metrics
 
     @property
@@ -188,48 +203,6 @@ class ClmTrainer(FastSteps):
         """Rows per forward in evaluation: per_device_eval_batch_size when the recipe says so, else as in training."""
         training = self.plan.training
         return training.get("per_device_eval_batch_size") or training["per_device_train_batch_size"]
-
-    def _after_evaluation(self, metrics: dict[str, Any]) -> None:
-        """On rank 0: say the result, redraw the curve, write samples."""
-        if not self.is_world_process_zero():
-            return
-        bits = metrics["eval_bits_per_byte"]
-        log.info(
-            "step %s  validation loss %.4f  perplexity %.2f  bits per byte %s  (%s tokens in %.1f s)",
-            f"{self.state.global_step:,}",
-            metrics["eval_loss"],
-            metrics["eval_perplexity"],
-            "-" if bits is None else f"{bits:.4f}",
-            f"{metrics['eval_num_tokens']:,}",
-            metrics["eval_time_s"],
-        )
-        from clm.curve import draw_curve
-
-        try:
-            draw_curve(self.run_folder)
-        except OSError as error:
-            log.warning("curve.svg was not drawn: %s", error)
-        self._write_samples()
-
-    def _write_samples(self) -> None:
-        settings = self.plan.recipe.run.samples
-        if not settings.prompts or self.is_deepspeed_enabled:
-            return
-        from clm.sample import generate_samples
-
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # sampling must not move the run's RNG
-            texts = generate_samples(
-                self.model,
-                self.processing_class,
-                list(settings.prompts),
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                seed=self.plan.seed,
-            )
-        for prompt, text in zip(settings.prompts, texts, strict=True):
-            record = {"step": self.state.global_step, "tokens": self.num_tokens, "prompt": prompt, "text": text}
-            JsonLines(self.run_folder / "samples.jsonl").write(record)
 
     # --- logging ----------------------------------------------------------------------------------------------------
 
@@ -301,26 +274,14 @@ class ClmTrainer(FastSteps):
         """Stock, but below ZeRO stage 3 the whole model lies on each rank and is saved as it is: stock clones every
         tensor there, after which tied weights are no longer recognised as one and are written twice."""
         stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
-        if stage is None or stage == 3:
+        if self.is_fsdp_enabled:  # stock writes nothing of a sharded model
+            state = gather_state(self.model, self.saver.is_publisher)
+            if state:
+                self._save(output_dir, state_dict=state)
+        elif stage is None or stage == 3:
             super().save_model(output_dir, _internal_call=_internal_call)
         else:
             self._save(output_dir)
-
-    def checkpoint_facts(self) -> dict[str, Any]:
-        """What checkpoint.json says besides the files. A collective."""
-        summed_loss = self.accelerator.gather(self._tr_loss).mean().item()
-        return {
-            "step": self.state.global_step,
-            "tokens": self.num_tokens,
-            "time_s": self.progress.seconds,
-            "order_version": ORDER_VERSION,
-            "num_processes": self.args.world_size,
-            "pending_loss": PendingLoss(since_step=self._globalstep_last_logged, summed_loss=summed_loss),
-            "datasets": self.plan.fingerprints,
-            "excluded": [list(r) for r in self.plan.timeline.excluded],
-            "eval_loss": self._evaluated.get(self.state.global_step),
-            "spikes": self.spikes.state(),
-        }
 
     def save_final(self) -> Path:
         """Write final/ in Hub format, complete or not at all."""

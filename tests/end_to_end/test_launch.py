@@ -1,14 +1,18 @@
 """Two real processes give the curve of one, and a launch that starts fewer than were asked for is refused."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config
 
@@ -30,6 +34,7 @@ def test_two_processes_give_the_losses_of_one_and_resume_as_one(train, recipe):
     two = one.with_name("two")
     assert "x 2 processes x 1 accumulation" in done.stdout
     assert done.stdout.count("final model:") == 1
+    assert first_weights(two) == first_weights(one)
     assert np.allclose(list(losses(one).values()), list(losses(two).values()), rtol=1e-5)
     # the same run goes on with one process from its step 5
     (two / "final").rename(two / "gone")
@@ -40,7 +45,7 @@ def test_two_processes_give_the_losses_of_one_and_resume_as_one(train, recipe):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles its CPU communication with c++")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_on_two_processes_gives_the_losses_and_the_weights_of_one(train, recipe, stage):
     pytest.importorskip("deepspeed", exc_type=ImportError)
     quiet = quiet_config(recipe)
@@ -54,12 +59,44 @@ def test_zero_on_two_processes_gives_the_losses_and_the_weights_of_one(train, re
     weights = [load_file(folder / "final" / "model.safetensors") for folder in (one, run)]
     assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
     assert weights[0].keys() == weights[1].keys()
+    assert first_weights(run) == first_weights(one)
     # a kill before final/ was written: the engine's own checkpoint is complete and taken up again
     (run / "final").rename(run / "gone")
     (run / "checkpoint-10").rename(run / "gone-10")
     done = launch(*two, quiet, "data.tokens=5120", "training.run_name=two")
     assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr
     assert np.allclose(list(losses(one).values()), list(losses(run).values()), rtol=1e-5)
+    if stage != 2:
+        return
+    # what this launch cannot read is refused, in both directions
+    for name in ("one", "two"):
+        (one.with_name(name) / "final").rename(one.with_name(name) / "gone-again")
+    with pytest.raises(UserError, match="by DeepSpeed with 2 processes, .* this launch is without DeepSpeed"):
+        train(quiet, "data.tokens=5120", name="two")
+    done = launch(*two, quiet, "data.tokens=5120", "training.run_name=one")
+    assert done.returncode != 0 and "was written by DDP or one process, which DeepSpeed cannot read" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_base_models_weights_are_the_same_under_every_launcher(train, recipe):
+    base = train("data.tokens=2560", name="base") / "final"
+    short = ["model.config=null", f"model.init={base}", "data.tokens=512", "data.validation=[]"]
+    expected = first_weights(train(*short, name="one"))
+    assert expected != first_weights(base.parent)
+    for name, environment in (("fsdp2", {"CLM_FSDP_ON_CPU": "1"}), ("zero3", {})):
+        if name == "zero3" and (shutil.which("c++") is None or find_spec("deepspeed") is None):
+            continue
+        config = f"accelerate_configs/{name}.yaml"
+        command = [str(BIN / "accelerate"), "launch", "--quiet", "--config_file", config, "--num_processes", "2"]
+        command += ["--main_process_port", "0", "run_clm.py", str(recipe), *short, f"training.run_name={name}"]
+        done = launch(*command, **environment)
+        assert done.returncode == 0, done.stderr
+        assert first_weights(base.parents[1] / name) == expected
+
+
+def first_weights(run: Path) -> str:
+    """The hash of the first weights that a run's log names."""
+    return re.search(r"first weights (\w{16})", (run / "train.log").read_text())[1]
 
 
 def test_accelerate_launch_trains(recipe):

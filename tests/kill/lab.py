@@ -41,8 +41,18 @@ training:
   seed: 3
 """
 
+# What accelerate_configs/fsdp2.yaml makes a launcher set, and what allows it on a CPU.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "CLM_FSDP_ON_CPU": "1",
+}
+
 # What a run writes beside its checkpoints: not part of a save.
-NOT_A_SAVE = ".jsonl:train.log:curve.svg:recipe.yaml:recipe.tmp:.lock:final"
+NOT_A_SAVE = ".jsonl:train.log:curve.svg:recipe.yaml:recipe.tmp:.lock:final:.ranks"
 
 
 class Fault(NamedTuple):
@@ -104,12 +114,24 @@ class Lab:
         command = [ROOT / "run_clm.py", self.recipe, *overrides, f"training.run_name={name}"]
         return self.server.start(command, log, environment)
 
-    def start_ranks(self, name: str, num_processes: int, *overrides: str, fault: Fault | None = None) -> list[Training]:
+    def start_ranks(
+        self,
+        name: str,
+        num_processes: int,
+        *overrides: str,
+        fault: Fault | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> list[Training]:
         """Start run `name` on several processes, as a launcher that only starts them: nobody ends the others."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        together = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        together = {
+            **(env or {}),
+            "WORLD_SIZE": str(num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         return [
             self.start(name, *overrides, fault=fault, env={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(num_processes)
@@ -138,7 +160,10 @@ def find_fault(checkpoint: Path) -> str | None:
         return f"{checkpoint.name}/checkpoint.json: {error}"
     if manifest["step"] != int(checkpoint.name.partition("-")[2]):
         return f"{checkpoint.name} is of step {manifest['step']}"
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
+    state = (
+        ("sharded/.metadata",) if "sharded/.metadata" in manifest["files"] else ("model.safetensors", "optimizer.pt")
+    )
+    for name in (*state, "scheduler.pt", "trainer_state.json"):
         if name not in manifest["files"]:
             return f"{checkpoint.name}: no {name}"
     for name, facts in manifest["files"].items():

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from .lab import ROOT, Fault, Lab, assert_same_run, last_step, leftovers, resumable_step, resumed_from
+from .lab import (
+    FSDP2,
+    ROOT,
+    Fault,
+    Lab,
+    assert_same_run,
+    checkpoint_steps,
+    last_step,
+    leftovers,
+    resumable_step,
+    resumed_from,
+)
 from .test_random_kills import SEED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -23,17 +34,17 @@ SHAPE = (f"data.tokens={NUM_STEPS * 512}", f"training.save_steps={SAVE_STEPS}", 
 END_WITHIN_S = 60
 
 
-def train_on_two(lab: Lab, name: str) -> Path:
-    ranks = lab.start_ranks(name, 2, *SHAPE)
+def train_on_two(lab: Lab, name: str, env: dict[str, str] | None = None) -> Path:
+    ranks = lab.start_ranks(name, 2, *SHAPE, env=env)
     codes = [rank.wait() for rank in ranks]
     assert codes == [0, 0], "\n".join(rank.output for rank in ranks)
     return lab.runs / name
 
 
-def assert_resumes_exactly(lab: Lab, name: str, straight: Path) -> None:
+def assert_resumes_exactly(lab: Lab, name: str, straight: Path, env: dict[str, str] | None = None) -> None:
     step = resumable_step(lab.runs / name)
     assert last_step(lab.runs / name) - (step or 0) <= 2 * SAVE_STEPS
-    ranks = lab.start_ranks(name, 2, *SHAPE)
+    ranks = lab.start_ranks(name, 2, *SHAPE, env=env)
     codes = [rank.wait() for rank in ranks]
     assert codes == [0, 0], "\n".join(rank.output for rank in ranks)
     assert resumed_from(ranks[0]) == step
@@ -59,17 +70,31 @@ def test_one_of_two_is_killed_and_the_other_ends_by_itself(lab):
 
 @pytest.mark.usefixtures("faults")
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_is_killed_while_it_writes_its_part_of_a_checkpoint(lab, victim):
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
+def test_one_of_two_is_killed_while_it_writes_its_part_of_a_checkpoint(lab, victim, launcher):
     print(f"KILL_SEED={SEED}")
     rng = random.Random(SEED + victim)
-    straight = train_on_two(lab, "straight")
-    ranks = lab.start_ranks(
-        "killed", 2, *SHAPE, fault=Fault("kill", rng.randint(1, 3), "checkpoint-6", rank=str(victim))
-    )
+    env = FSDP2 if launcher == "fsdp2" else None
+    straight = train_on_two(lab, "straight", env)
+    fault = Fault("kill", rng.randint(1, 3), "checkpoint-6", rank=str(victim))
+    ranks = lab.start_ranks("killed", 2, *SHAPE, fault=fault, env=env)
     assert ranks[victim].wait() == -signal.SIGKILL, ranks[victim].output
     assert ranks[1 - victim].wait(END_WITHIN_S) not in (0, None)
     assert resumable_step(lab.runs / "killed") == 4
-    assert_resumes_exactly(lab, "killed", straight)
+    assert_resumes_exactly(lab, "killed", straight, env)
+
+
+@pytest.mark.usefixtures("faults")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_whose_shards_cannot_be_written_is_named_and_training_goes_on(lab, victim):
+    straight = train_on_two(lab, "straight", FSDP2)
+    fault = Fault("eio", 1, "checkpoint-6/sharded/__", rank=str(victim))
+    ranks = lab.start_ranks("failed", 2, *SHAPE, "run.retention={last: 9}", fault=fault, env=FSDP2)
+    assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.output for rank in ranks)
+    assert "checkpoint-6 was not saved" in ranks[0].output
+    assert victim == 0 or "process 1: " in ranks[0].output
+    assert checkpoint_steps(lab.runs / "failed") == [2, 4, 8, 10, 12, 14, 16]
+    assert_same_run(lab.runs / "failed", straight)
 
 
 def test_under_torchrun_a_killed_process_ends_the_launch_and_leaves_no_process(lab):

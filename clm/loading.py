@@ -1,0 +1,72 @@
+"""From a checkpoint on disk into a trainer: model, optimizer and schedule, in the layout of this launch.
+
+In: a checkpoint whose hashes were compared. Out: the trainer's state. One that FSDP2 wrote can be read by any number of
+processes, one process or DDP included, and FSDP2 reads what those wrote. DeepSpeed reads its own only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clm.first_weights import fill_from_files
+from clm.sharded import METADATA, SHARDED, is_sharded, load_model, load_optimizer, load_plain_optimizer
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from clm.plan import Plan
+    from clm.trainer import ClmTrainer
+
+
+def check_layout(checkpoint: Path, facts: dict[str, Any], plan: Plan) -> None:
+    """Refuse a checkpoint that this launch cannot read.
+
+    Raises:
+        UserError: DeepSpeed's checkpoint without DeepSpeed or with another number of processes, or the reverse.
+    """
+    is_engines = any(name.startswith("global_step") for name in facts["files"])
+    wants_engine = bool(plan.training.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    before, num_processes = facts["num_processes"], plan.num_processes
+    if is_engines and (not wants_engine or before != num_processes):
+        what = f"with {num_processes} processes" if wants_engine else "without DeepSpeed"
+        raise UserError(
+            f"{checkpoint}: was written by DeepSpeed with {before} processes, each with its part of the optimizer, and "
+            f"this launch is {what}. It cannot be read. Start it with DeepSpeed, the same ZeRO stage and "
+            f"--num_processes {before}; or begin a new run from its weights: remove model.config, and set "
+            f"model.init={checkpoint} training.run_name=<another>. Runs that must change their number of processes "
+            "are trained with DDP or FSDP2."
+        )
+    if wants_engine and not is_engines:
+        how = "FSDP2" if f"{SHARDED}/{METADATA}" in facts["files"] else "DDP or one process"
+        raise UserError(
+            f"{checkpoint}: was written by {how}, which DeepSpeed cannot read. Continue without DeepSpeed, for example "
+            "with accelerate_configs/fsdp2.yaml; or begin a new run from its weights with model.init and another "
+            "training.run_name."
+        )
+
+
+def is_ours(trainer: ClmTrainer, checkpoint: str) -> bool:
+    """Whether model and optimizer are loaded here and not by stock: divided in the trainer, or on the disk."""
+    return not trainer.is_deepspeed_enabled and (trainer.is_fsdp_enabled or is_sharded(Path(checkpoint)))
+
+
+def load_weights(trainer: ClmTrainer, checkpoint: str) -> None:
+    """The model's weights."""
+    folder = Path(checkpoint)
+    if is_sharded(folder):
+        load_model(folder, trainer.model)
+    else:
+        fill_from_files(trainer.model, str(folder))
+
+
+def load_optimizer_and_scheduler(trainer: ClmTrainer, checkpoint: str) -> None:
+    """The optimizer's state and the position in the schedule."""
+    folder = Path(checkpoint)
+    if is_sharded(folder):
+        load_optimizer(folder, trainer.model, trainer.optimizer)
+    else:
+        load_plain_optimizer(folder / "optimizer.pt", trainer.optimizer)
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
