@@ -24,13 +24,14 @@ MASK = "data.document_mask=true"
 
 
 def test_a_masked_run_evaluates_on_its_targets_and_reload_computes_the_same_loss(train, prepared, capsys):
-    plain, run = (
-        train(name="plain"),
-        train(MASK, "run.samples={prompts: [The river], max_new_tokens: 4}", name="masked"),
-    )
     blocks = Blocks(prepared.folder, "validation")
+    all_of_it = f"data.validation=[{{dataset: {prepared.folder}, tokens: {blocks.num_tokens}}}]"
+    plain, run = (
+        train(all_of_it, name="plain"),
+        train(all_of_it, MASK, "run.samples={prompts: [The river], max_new_tokens: 4}", name="masked"),
+    )
     eos = blocks.manifest.tokenizer.eos_token_id
-    tokens = blocks.read(np.arange(2048 // 64)).reshape(-1, 65)
+    tokens = blocks.read(np.arange(blocks.num_blocks))
     num_targets = int(((tokens[:, :-1] != eos) & (tokens[:, 1:] != -100)).sum())
     evaluations = [[r for r in read_metrics(r) if "eval_loss" in r] for r in (plain, run)]
     assert {r["eval_num_tokens"] for r in evaluations[1]} == {num_targets}
