@@ -46,6 +46,7 @@ def test_a_masked_run_evaluates_on_its_targets_and_reload_computes_the_same_loss
     assert [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()] == [0, 10, 20]
 
 
+@pytest.mark.slow
 def test_the_mask_changes_the_training_and_the_test_of_the_back_end_does_not(train, monkeypatch):
     masked = train(MASK, "data.tokens=2560", name="masked")
     monkeypatch.setattr("clm.run_flow.check_run", lambda trainer: None)

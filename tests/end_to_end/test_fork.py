@@ -28,6 +28,7 @@ def start_record(run: Path) -> None:
     run_clm.main([str(run / "recipe.yaml")])
 
 
+@pytest.mark.slow
 def test_a_run_extended_before_its_decay_is_the_longer_run(train):
     longer = train(*STABLE, "data.tokens=15_360", name="longer")
     run = train(*STABLE, name="short")

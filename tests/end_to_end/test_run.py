@@ -159,6 +159,7 @@ def test_continuing_a_base_model_starts_at_its_loss_with_fp32_masters(train, rec
     assert {p.dtype for p in saved.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_control_with_permuted_labels_learns_nothing_but_frequencies(train, prepared):
     from data_prep.blocks import Blocks
 
@@ -191,6 +192,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(train):
         train("training.learning_rate=1e38", "training.max_grad_norm=0", "training.warmup_steps=0")
 
 
+@pytest.mark.slow
 def test_tensorboard_and_wandb_offline_keep_one_run_over_a_resume(train):
     run = train("training.report_to=[tensorboard, wandb]", "data.tokens=5120")
     name = (run / "wandb_run_id").read_text()

@@ -116,6 +116,7 @@ def test_the_router_loss_is_apart_and_does_not_grow_with_accumulation(train, mix
     assert read_metrics(stock8)[0]["loss"] > first_stock["loss"] + 5 * first_fast["router_loss"]
 
 
+@pytest.mark.slow
 def test_without_router_loss_every_layout_trains_the_same(train, mixtral):
     quiet = mixtral(router_aux_loss_coef=0.0)
     runs = [

@@ -59,7 +59,7 @@ def test_stages_change_batch_rows_rope_and_rate_at_their_borders_only(train, sta
     assert evaluations == [0, 10, 20, 22], "each stage ends with an evaluation"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_staged_run_cut_at_any_step_ends_the_same(train, staged, seed):
     straight = train(*staged, "training.save_steps=1", "run.retention={last: 99}", name="straight")
     cut = random.Random(seed).sample(range(1, 22), 2)
@@ -74,6 +74,7 @@ def test_a_staged_run_cut_at_any_step_ends_the_same(train, staged, seed):
         assert (losses(run), recorded(run), (run / "final" / "model.safetensors").read_bytes()) == whole
 
 
+@pytest.mark.slow
 def test_another_layout_trains_on_the_same_batches(train, staged, recipe):
     quiet = quiet_config(recipe)
     one = train(*staged, quiet, name="one")

@@ -160,6 +160,7 @@ def test_a_difference_is_found_and_named(recipe, tmp_path, run_cli):
     assert "killed: final weights: DIFFERENT" in failed()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_verified_is_one_message(recipe, run_cli, tmp_path):
     result = run_cli(["-m", "clm", "verify", recipe, "training.learning_rates=3"])
     assert result.code == 2 and "training.learning_rates" in result.stderr and "Traceback" not in result.stderr
