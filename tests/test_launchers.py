@@ -127,6 +127,8 @@ def test_transformers_fills_every_auto_of_a_deepspeed_config(path, tmp_path):
 # Recipes that some launchers cannot run -> why. All others must pass everywhere; docs/launch.md has the reasons.
 REFUSED = {
     ("llama_437m.yaml", "fsdp"): "training.optim is adamw_bnb_8bit, whose state under FSDP2 is not that of the whole",
+    ("mixtral_1.6b.yaml", "fsdp"): "run.optimizer is muon but the weights are sharded",
+    ("mixtral_1.6b.yaml", "deepspeed"): "run.optimizer is muon but the weights are sharded",
 }
 
 
@@ -155,7 +157,8 @@ def test_every_recipe_runs_with_this_launcher_or_is_refused_for_a_documented_rea
             refused[recipe.name] = str(error)
         else:
             assert f"x {arguments.num_processes} process" in capsys.readouterr().out
-    expected = {name: reason for (name, kind), reason in REFUSED.items() if kind == "fsdp" and arguments.use_fsdp}
+    engine = "fsdp" if arguments.use_fsdp else "deepspeed" if arguments.use_deepspeed else None
+    expected = {name: reason for (name, kind), reason in REFUSED.items() if kind == engine}
     assert refused.keys() == expected.keys(), refused
     assert all(reason in refused[name] for name, reason in expected.items())
 
