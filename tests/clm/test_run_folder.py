@@ -85,10 +85,10 @@ def test_a_missing_final_names_the_newest_checkpoint_and_how_to_use_it(run):
         model_folder(run, 5)
 
 
-def test_a_sharded_checkpoint_is_refused_as_a_model(run):
+def test_a_checkpoint_without_weights_is_refused_as_a_model(run):
     folder = make_checkpoint(run, 200)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="only for resuming"):
+    with pytest.raises(UserError, match="holds no .*safetensors, so it cannot be loaded as a model"):
         model_folder(run, 200)
 
 
