@@ -274,6 +274,7 @@ def test_an_official_validation_split_stays_whole_and_what_equals_it_leaves_trai
     run_here("check", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_files_elsewhere_are_there_for_both_readings_and_no_more_are_fetched_than_a_cap_needs(
     tmp_path, small_tokenizer, filters, run_cli
 ):

@@ -183,6 +183,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing of ours may catch it and go on."""
 
 
+@pytest.mark.slow
 def test_a_stop_at_every_rename_continues_to_the_same_bytes(
     tmp_path, corpus, small_tokenizer, small_windows, monkeypatch
 ):

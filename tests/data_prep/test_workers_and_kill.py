@@ -56,6 +56,7 @@ def test_one_and_two_workers_give_the_same_bytes(tmp_path, corpus, small_tokeniz
     assert manifests[0].ledger == manifests[1].ledger
 
 
+@pytest.mark.slow
 def test_a_killed_prep_continues_to_the_same_bytes(tmp_path, corpus, small_tokenizer):
     out, reference = tmp_path / "a" / "out", tmp_path / "b" / "out"
     run_here(*arguments(corpus, small_tokenizer, reference, "--num-proc", 1))
@@ -190,6 +191,7 @@ def test_a_unit_that_kills_two_workers_ends_the_run_with_a_sentence(tmp_path, co
     pool.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_finished_units_stay(tmp_path, corpus, small_tokenizer, run_cli):
     for path in sorted(corpus.iterdir())[1:]:
         path.write_bytes(path.read_bytes() * 8)

@@ -27,6 +27,7 @@ def test_the_loss_does_not_depend_on_accumulation_where_micro_batches_have_unequ
     assert np.allclose(curve(train(*short, f"{ROWS}2", name="2x8")), together, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fillers_where_the_batch_does_not_divide_change_nothing(train, recipe, capsys):
     short = [quiet_config(recipe), "data.tokens=1536", "data.document_mask=true", "run.record_blocks=true"]
     even = train(*short, name="even")

@@ -46,6 +46,7 @@ def is_undamaged(run: Path) -> bool:
 # --- in the background -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_background_writes_is_byte_for_byte_what_is_written_while_training_waits(train, capsys):
     background = train("data.tokens=5120", name="background")
     text = capsys.readouterr().out
@@ -175,6 +176,7 @@ def test_on_a_full_disk_training_goes_on_and_the_next_save_tries_again(train, sm
     assert not (run / ".saving").exists()
 
 
+@pytest.mark.slow
 def test_when_the_last_save_does_not_fit_the_run_ends_with_an_error_and_goes_on_later(train, small_disk):
     with pytest.raises(UserError, match=r"checkpoint-20: cannot be written, the disk is full.* needs 4.* kB"):
         train("run.retention={last: 9}", "run.preflight=false")
@@ -184,6 +186,7 @@ def test_when_the_last_save_does_not_fit_the_run_ends_with_an_error_and_goes_on_
     assert steps(run) == [20] and (run / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_pauses_on_a_full_disk_loses_no_checkpoint(train, small_disk, capsys, monkeypatch):
     when("saved checkpoint-5", lambda: fill(small_disk), monkeypatch)
     when("waits for room", (small_disk / "ballast").unlink, monkeypatch)

@@ -67,6 +67,7 @@ def test_micro_batch_and_accumulation_do_not_matter_though_their_targets_differ_
     assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_masked_run_resumes_bit_for_bit_and_not_without_the_mask(train):
     whole = train(MASK, "data.tokens=5120", name="whole")
     again = train(MASK, "data.tokens=5120", name="again")

@@ -26,6 +26,7 @@ def launch(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_and_resume_as_one(train, recipe):
     quiet = quiet_config(recipe)
     one = train(quiet, "data.tokens=5120", name="one")

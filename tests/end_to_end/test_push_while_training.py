@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from hub_stand_in import HubStandIn
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,7 @@ def test_the_hub_gets_final_and_with_every_save_also_the_weights_of_checkpoints(
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_strategy_pushes_what_a_resume_needs(run_cli, recipe, tmp_path):
     with HubStandIn() as hub:
         done = train_with_hub(run_cli, recipe, hub.url, tmp_path, "training.hub_strategy=checkpoint")
@@ -41,6 +43,7 @@ def test_a_checkpoint_strategy_pushes_what_a_resume_needs(run_cli, recipe, tmp_p
         assert json.loads(received["last-checkpoint/checkpoint.json"])["step"] == 10
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_is_told_before_the_training(run_cli, recipe, tmp_path):
     with HubStandIn(refuse_with=403) as hub:
         done = train_with_hub(run_cli, recipe, hub.url, tmp_path)

@@ -85,6 +85,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "final" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_each_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(start, train, run):
     length = ("data.tokens=40_960", *UNSAVED)  # 80 steps, with dropout: a lost random state would show
     straight = train(*length, name="straight")
@@ -158,6 +159,7 @@ def test_a_signal_to_the_whole_process_group_spares_the_loader_workers(start, ru
     assert newest(run()) > 0 and "Traceback" not in training.output
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step_bit_for_bit(start, run):
     length = ("data.tokens=20_480", *UNSAVED, "training.eval_strategy='no'")
     for training in start(*length, name="straight", num_processes=2):

@@ -98,6 +98,7 @@ def test_stock_is_transformers_own(train, monkeypatch):
     assert seen == {}, "fast does not use stock's step"
 
 
+@pytest.mark.slow
 def test_the_router_loss_is_apart_and_does_not_grow_with_accumulation(train, mixtral):
     one = (*FEW, mixtral())
     stock = train(*one, "run.speed=stock", "training.per_device_train_batch_size=16", name="stock")
