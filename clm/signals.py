@@ -244,6 +244,7 @@ class Requests(TrainerCallback):
         """
         code, state = (0 if self._agreed == STOP else EXIT_STOPPED), trainer.state
         if self.is_main:
+            _close_loggers()
             log.info(
                 "%s: saved at step %s of %s and stopped; the same command continues.",
                 self._what(),
@@ -296,3 +297,10 @@ def _follow_launcher() -> None:
     if number:
         with contextlib.suppress(AttributeError, OSError):  # other systems have no prctl
             ctypes.CDLL(None).prctl(1, number)  # 1 is PR_SET_PDEATHSIG
+
+
+def _close_loggers() -> None:
+    """W&B ends its run when Python exits, which a launcher that is ending may not wait for."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()

@@ -67,7 +67,7 @@ def named_data(tmp_path_factory, prepared, run_cli) -> Path:
         for i, path in enumerate(sorted(prepared.corpus.glob("*.txt"))):
             (corpus / f"{i}.txt").write_text((path.read_text(encoding="utf-8") + name) * 8, encoding="utf-8")
         prep = ["prep", corpus, "--tokenizer", prepared.tokenizer, "--block-size", str(block_size)]
-        result = run_cli(["-m", "data_prep", *prep, "--out", folder / name, "--val-fraction", "0.2"])
+        result = run_cli(["-m", "data_prep", *prep, "--out", folder / name, "--val-fraction", "0.4"])
         assert result.code == 0, result.stderr
     return folder
 
