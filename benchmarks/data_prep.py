@@ -25,17 +25,15 @@ import threading
 import time
 from pathlib import Path
 
+from texts import write_repeated, write_texts
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from texts import write_repeated, write_texts  # noqa: E402
-
 WAYS = {
     "ours": "ours",
     "run_clm": "run_clm.py: datasets.map, group_texts",
     "nanogpt": "nanoGPT: tiktoken, memmap",
     "llm_foundry": "llm-foundry: MDS",
-    "datatrove": "datatrove: DocumentTokenizer",
+    "datatrove_tokens": "datatrove: DocumentTokenizer",
 }
 BLOCK_SIZE = 2048
 

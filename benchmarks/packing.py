@@ -22,11 +22,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from texts import write_texts
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from texts import write_texts  # noqa: E402
-
 PACKINGS = ("concat", "best_fit", "pad")
 
 

@@ -17,11 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-STARTED_AT = time.perf_counter()
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data_prep import align, encode, encoder, output  # noqa: E402
-from data_prep.__main__ import main  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # in front of this folder, which has a data_prep.py
 
 SECONDS: dict[str, float] = defaultdict(float)
 _stack: list[float] = []  # seconds of the parts inside each part that is running
@@ -62,6 +58,10 @@ def timed_records(function: Callable[..., Iterator]) -> Callable[..., Iterator]:
 
 def run() -> None:
     """Prepare, and print a table."""
+    started_at = time.perf_counter()
+    from data_prep import align, encode, encoder, output, workers
+    from data_prep.__main__ import main
+
     files, tokenizer, out = sys.argv[1:]
     encode.read_records = timed_records(encode.read_records)
     encode._compare = timed("compare with the reference", encode._compare)
@@ -73,12 +73,10 @@ def run() -> None:
     encode.count_rows = timed("ledger", encode.count_rows)
     encode.encode_unit = timed("write runs, the rest of a unit", encode.encode_unit)
     align.sha256_of = timed("checksums", align.sha256_of)
-    import data_prep.workers as workers
-
     workers.encode_unit = encode.encode_unit
     words = ("prep", files, "--tokenizer", tokenizer, "--block-size", "2048", "--num-proc", "1", "--out", out)
     main(list(words))
-    whole = time.perf_counter() - STARTED_AT
+    whole = time.perf_counter() - started_at
     num_tokens = json.loads((Path(out) / "manifest.json").read_text())["splits"]["train"]["num_tokens"]
     shutil.rmtree(out)
     SECONDS["start-up, proof, plan"] = whole - sum(SECONDS.values())

@@ -14,6 +14,7 @@ import numpy as np
 from clm.block_text import BlockText
 from data_prep.blocks import NO_TARGET
 from data_prep.parts import describe_part
+from data_prep.sizes import format_table
 from data_prep.vocabulary import Vocabulary, show_unseen
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def table_of(explanation: Explanation) -> tuple[list[str], list[list[str]]]:
 
 def _format_table(explanation: Explanation, has_losses: bool) -> list[str]:
     head, rows = table_of(explanation)
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines = format_table([head, *rows], is_text=True)
     left = explanation.num_blocks - len(explanation.blocks)
     num_tokens = sum(len(block.tokens) - 1 for block in explanation.blocks)
     return lines + [f"({left:,} more blocks: a report holds the first {num_tokens:,} tokens)"] * (left > 0)

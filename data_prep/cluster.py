@@ -7,6 +7,7 @@ optional extra, and imported here only.
 """
 
 import hashlib
+import importlib
 import os
 import pickle
 import shutil
@@ -90,7 +91,7 @@ def _import_executor(executor: str) -> type:
         elif executor == "slurm":
             from datatrove.executor import SlurmPipelineExecutor as Executor
         else:
-            import ray  # noqa: F401
+            importlib.import_module("ray")  # datatrove's executor imports without it
             from datatrove.executor.ray import RayPipelineExecutor as Executor
     except ImportError as error:
         package = f"ray, or its part {error.name}" if executor == "ray" else "datatrove"

@@ -25,7 +25,7 @@ from data_prep.listing import list_far_files
 from data_prep.manifest import token_dtype
 from data_prep.plan import BYTES_PER_TOKEN, Plan
 from data_prep.readers import Piece, read_records
-from data_prep.sizes import format_bytes, format_count
+from data_prep.sizes import format_bytes, format_count, format_table
 from data_prep.sources import SourceFile
 from data_prep.spread import sample_units
 from data_prep.stream import Stream
@@ -243,13 +243,7 @@ def _lines(
                 "one sample" if error is None else f"{error:.1%}" if error else "all read",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (
-            f"{cell:>{width}}" if i else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells)
+    yield from format_table(rows)
     totals = [sum(e.total(c) * share for e, share in zip(estimates, shares, strict=True)) for c in range(4)]
     yield from _describe_disk(plan, estimates, files, stream, dtype, totals, shares)
     yield from _describe_time(plan, estimates, stream, totals, num_proc)

@@ -15,7 +15,7 @@ import numpy as np
 from data_prep.buckets import Bucket, column_names
 from data_prep.filter_settings import Filters, rule_filter
 from data_prep.manifest import SPLITS, SplitInfo
-from data_prep.sizes import format_bytes, format_count
+from data_prep.sizes import format_bytes, format_count, format_table
 
 # What became of a record: the `status` column of a unit's table. The last two only where there are buckets.
 TRAIN, VALIDATION, EMPTY, BAD, NO_BUCKET, NO_VALUE = range(6)
@@ -247,14 +247,7 @@ def describe_ledger(ledger: dict[str, dict[str, Any]], splits: dict[str, SplitIn
         kept = [f"{documents[key]:,}" for key in SPLITS]
         ratio = f"{num_bytes / num_tokens:.2f}" if num_tokens else "-"
         lines.append((source, *numbers, beyond, *kept, format_bytes(num_bytes), format_count(num_tokens), ratio))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(
-            f"{cell:>{width}}" if i else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    rows = format_table(lines)
     for source, entry in ledger.items():
         if "failed" in entry:
             rows.append(f"{source}: FAILED after {entry['documents']['read']:,} documents: {entry['failed']}")

@@ -25,7 +25,7 @@ from data_prep.filter_settings import Filters, library_versions, rule_filter
 from data_prep.ledger import FIRST_RULE, Counts
 from data_prep.manifest import Manifest, load_manifest, sha256_of
 from data_prep.output import write_whole
-from data_prep.sizes import format_bytes
+from data_prep.sizes import format_bytes, format_table
 
 REMOVED, SAMPLES, CONTAMINATED = "documents/removed.arrow", "documents/samples.jsonl", "documents/contaminated.jsonl"
 NUM_SAMPLES = 8
@@ -130,14 +130,7 @@ def describe_filters(ledger: dict[str, dict[str, Any]]) -> str:
         numbers = (flow["documents_before"], flow["documents_before"] - flow["documents_after"])
         counts = [f"{each:,}" for each in (*numbers, flow["documents_changed"], flow["documents_after"])]
         lines.append((name, *counts, format_bytes(flow["bytes_before"]), format_bytes(flow["bytes_after"])))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(
-            f"{cell:>{width}}" if i else f"{cell:<{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
+    rows = format_table(lines)
     for name in names:
         why = [f"{rule.partition(': ')[2]} {num:,}" for rule, num in reasons.items() if rule.startswith(f"{name}: ")]
         rows += [f"{name}: {', '.join(why)}"] if why else []

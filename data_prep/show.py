@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.catalog import entry_names, load_entry
 from data_prep.dataset_text import BOLD, BORDER, DatasetText
 from data_prep.errors import UserError
-from data_prep.sizes import format_bytes, format_count
+from data_prep.sizes import format_bytes, format_count, format_table
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,9 @@ def describe_catalogue() -> str:
         shown = f"train:{tokenizer['train']}" if isinstance(tokenizer, dict) else tokenizer
         buckets = "".join(f"; /{bucket}: {condition}" for bucket, condition in entry.buckets.items())
         rows.append((name, *numbers, entry.licence, shown, str(entry.default_block_size), entry.description + buckets))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(
         [
-            *lines,
+            *format_table(rows, is_text=True),
             "",
             "Prepare one: make prep DATASET=<name>. Where a number comes from: data_prep/datasets/<name>.yaml.",
             "What begins with / is a bucket: make prep DATASET=<name>/<bucket> prepares all of a dataset's, apart.",

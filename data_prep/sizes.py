@@ -5,6 +5,7 @@ All prefixes are decimal: 1M = 1,000,000 and 1GB = 10**9 bytes.
 
 import math
 import re
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 COUNT_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -68,3 +69,13 @@ def _format(number: int, units: tuple[str, ...]) -> str:
         size, unit = size / 1000, unit + 1
     text = f"{size:.0f}" if unit == 0 or size >= 99.95 else f"{size:.3g}"
     return f"{text} {units[unit]}".rstrip()
+
+
+def format_table(rows: list[Sequence[str]], is_text: bool = False) -> list[str]:
+    """Lines with columns of one width: the first to the left, the others to the right, or to the left as `is_text`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = ["<", *("<" if is_text else ">" for _ in widths[1:])]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        for row in rows
+    ]

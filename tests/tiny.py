@@ -35,6 +35,16 @@ def make_model(attention: str = "sdpa", kind: type | None = None):
     return model
 
 
+def make_mixtral():
+    """A mixture of four experts of the same shape, in training mode, with weights of seed 0."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    more = {"num_local_experts": 4, "initializer_range": 0.1, "use_cache": False, "tie_word_embeddings": False}
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, **more))
+
+
 def make_stream(num_tokens: int, seed: int = 0) -> np.ndarray:
     """Documents of 0 to 24 tokens and their EOS, cut at num_tokens."""
     random = np.random.default_rng(seed)

@@ -5,6 +5,7 @@
 One process writes; rows come from a DataLoader with NUM_PROC workers where there are as many files.
 """
 
+import importlib
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -14,11 +15,8 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 try:
-    import torchvision  # noqa: F401
-except (
-    ImportError,
-    RuntimeError,
-):  # no build for this torch; streaming imports it for pictures, which there are none of
+    importlib.import_module("torchvision")
+except (ImportError, RuntimeError):  # no build for this torch; streaming imports it for pictures
     sys.modules |= {name: MagicMock() for name in ("torchvision", "torchvision.datasets", "torchvision.transforms")}
     sys.modules["torchvision.transforms.functional"] = MagicMock()
     sys.modules["torchvision.datasets"].VisionDataset = type("VisionDataset", (), {})

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import EOS, make_model, make_stream
+from tiny import EOS, SHAPE, make_model, make_stream
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clm.attention import MASK_FREE, register_mask_free
@@ -15,14 +15,8 @@ from clm.document_mask import DocumentMask
 from clm.loss_only import MODEL_TYPES, WAYS, install
 
 SMALL = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SHAPE,
     "head_dim": 8,
-    "max_position_embeddings": 64,
     "num_local_experts": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,

@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny import make_model
-from transformers import MixtralConfig, MixtralForCausalLM
+from tiny import make_mixtral, make_model
 
 from clm.mixed_precision import EXPERTS, cast_residual_stream, use_autocast_experts
 
@@ -25,29 +24,13 @@ def expert_dtypes(monkeypatch):
     return seen
 
 
-def mixtral():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        initializer_range=0.1,
-        use_cache=False,
-    )
-    return MixtralForCausalLM(config)
-
-
 def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_experts_follow_autocast_which_transformers_do_not(expert_dtypes):
     ids = torch.randint(0, 384, (2, 32), generator=torch.Generator().manual_seed(0))
-    exact, stock, ours = mixtral(), mixtral(), mixtral()
+    exact, stock, ours = make_mixtral(), make_mixtral(), make_mixtral()
     assert use_autocast_experts(ours)
     expected = exact(input_ids=ids, labels=ids).loss
     expected.backward()
@@ -67,7 +50,7 @@ def test_experts_follow_autocast_which_transformers_do_not(expert_dtypes):
 
 def test_without_autocast_and_in_files_nothing_changes(tmp_path):
     ids = torch.arange(2, 34)[None]
-    plain, ours = mixtral(), mixtral()
+    plain, ours = make_mixtral(), make_mixtral()
     use_autocast_experts(ours)
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, ours(ids).logits)

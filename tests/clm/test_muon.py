@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_mixtral, make_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from clm.muon import MuonAdamW, group_parameters, make_optimizer
 
 SETTINGS = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1, "adjust": "original"}
-
-
-def mixtral():
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=384,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            tie_word_embeddings=False,
-        )
-    )
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
@@ -61,7 +44,7 @@ def test_a_fused_expert_tensor_is_many_matrices(monkeypatch):
     assert torch.allclose(fused.detach(), torch.stack([m.detach() for m in each]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [make_model, mixtral], ids=["llama", "mixtral"])
+@pytest.mark.parametrize("make", [make_model, make_mixtral], ids=["llama", "mixtral"])
 def test_each_parameter_is_in_exactly_one_group(make):
     model = make()
     groups = group_parameters(model)
@@ -78,7 +61,7 @@ def test_each_parameter_is_in_exactly_one_group(make):
 
 
 def test_what_is_hidden_goes_to_muon_and_what_is_not_to_adamw():
-    groups = group_parameters(mixtral())
+    groups = group_parameters(make_mixtral())
     assert {name.rpartition("layers.")[2].partition(".")[2] for name in groups.muon} == {
         *(f"self_attn.{p}_proj.weight" for p in "qkvo"),
         "mlp.experts.gate_up_proj",
@@ -102,11 +85,11 @@ def test_a_loaded_state_continues_bit_by_bit():
         muon = {"learning_rate": 0.02, "momentum": 0.95, "weight_decay": 0.1, "adjust": "original"}
         return make_optimizer(model, {"lr": 1e-3, "fused": True}, 0.1, muon)
 
-    straight, resumed = mixtral(), mixtral()
+    straight, resumed = make_mixtral(), make_mixtral()
     one, two = optimizer_of(straight), optimizer_of(resumed)
     steps(straight, one, range(4))
     steps(resumed, two, range(2))
-    again = mixtral()
+    again = make_mixtral()
     again.load_state_dict(resumed.state_dict())
     three = optimizer_of(again)
     three.load_state_dict(two.state_dict())

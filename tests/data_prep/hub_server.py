@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlparse
 
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -145,12 +147,18 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
     """Run a Hub in a thread."""
-    hub = Hub(repositories)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    with in_a_thread(Hub(repositories)) as hub:
+        yield hub
+
+
+@contextmanager
+def in_a_thread(server: Server) -> Iterator[Server]:
+    """Let a server answer until the end of the block."""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield hub
+        yield server
     finally:
-        hub.shutdown()
-        hub.server_close()
+        server.shutdown()
+        server.server_close()
         thread.join()

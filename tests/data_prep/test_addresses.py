@@ -8,9 +8,7 @@ import random
 import re
 import socket
 import subprocess
-import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import content_of, read_documents, run_here
+from hub_server import in_a_thread
 
 from data_prep.manifest import load_manifest
 
@@ -109,19 +108,6 @@ class FileHandler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-@contextmanager
-def serve_files(folder: Path):
-    server = FileServer(folder)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def test_an_address_gives_the_blocks_of_the_same_files_here(tmp_path, corpus, expected, small_tokenizer):
     out = tmp_path / "out"
     run_here("prep", f"file://{corpus}/*.parquet", *options(small_tokenizer, out))
@@ -150,7 +136,7 @@ def test_an_address_with_nothing_or_without_its_package_is_one_message(tmp_path,
 def test_http_is_read_in_ranges_and_asked_again(tmp_path, corpus, expected, small_tokenizer, monkeypatch, capsys):
     monkeypatch.setattr("data_prep.urls.RANGE_BYTES", 5000)
     monkeypatch.setattr("data_prep.retries.RETRY_WAITS_S", (0.05, 0.05, 0.05))
-    with serve_files(corpus) as server:
+    with in_a_thread(FileServer(corpus)) as server:
         server.failures = {"1.parquet": [503, 429], "0.parquet": [500]}
         run_here("prep", f"{server.url}/files/*.parquet", *options(small_tokenizer, tmp_path / "out"))
         assert not any(server.failures.values())
@@ -180,7 +166,7 @@ def test_no_finished_file_is_downloaded_again(tmp_path, small_tokenizer, fails):
         lines = "".join(json.dumps({"text": f"part {part} line {number}"}) + "\n" for number in range(ROWS))
         (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     command = ("prep", "{url}/files/*.gz", *options(small_tokenizer, tmp_path / "out"))
-    with serve_files(folder) as server:
+    with in_a_thread(FileServer(folder)) as server:
         command = tuple(str(each).replace("{url}", server.url) for each in command)
         server.failures = {"3.jsonl.gz": [404]}
         fails(*command)
@@ -193,7 +179,7 @@ def test_no_finished_file_is_downloaded_again(tmp_path, small_tokenizer, fails):
 
 @needs_http
 def test_an_address_whose_file_changes_between_kill_and_resume_is_refused(tmp_path, corpus, small_tokenizer, fails):
-    with serve_files(corpus) as server:
+    with in_a_thread(FileServer(corpus)) as server:
         server.failures = {"2.parquet": [404]}
         command = ("prep", f"{server.url}/files/*.parquet", *options(small_tokenizer, tmp_path / "out"))
         assert "no such file there" in fails(*command)

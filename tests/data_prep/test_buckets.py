@@ -1,12 +1,11 @@
 """One pass over a corpus writes a dataset for each bucket of a score, as a plain loop over its records splits it."""
 
-import itertools
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import content_of, make_scored_rows, read_documents, run_here, write_rows
+from processes import Killed, stop_at_every_rename
 
 from data_prep.__main__ import main
 from data_prep.documents import DocumentMap
@@ -117,40 +116,16 @@ def test_one_and_three_workers_give_the_same_bytes(tmp_path, folder_of_files, sm
     assert content_of(tmp_path / "1") == content_of(tmp_path / "3")
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of ours may catch it and go on."""
-
-
 def test_a_stop_at_every_rename_continues_to_the_same_bytes(tmp_path, folder_of_files, small_tokenizer, monkeypatch):
     run_here(*arguments(folder_of_files, small_tokenizer, tmp_path / "reference" / "out"))
     expected = content_of(tmp_path / "reference" / "out")
-    rename, limit, is_finished = os.replace, 1, False
 
-    def stop_at(limit: int):
-        numbers = itertools.count(1)
+    def command(out: Path) -> list[str]:
+        return arguments(folder_of_files, small_tokenizer, out)
 
-        def replace(source, target):
-            if next(numbers) == limit:
-                raise Killed
-            rename(source, target)
-
-        return replace
-
-    while not is_finished:
-        out = tmp_path / str(limit) / "out"
-        monkeypatch.setattr(os, "replace", stop_at(limit))
-        try:
-            main(arguments(folder_of_files, small_tokenizer, out))
-            is_finished = True
-        except Killed:
-            assert not all((out / bucket / "manifest.json").exists() for bucket in ("low", "high"))
-        monkeypatch.setattr(os, "replace", rename)
-        if not is_finished:
-            run_here(*arguments(folder_of_files, small_tokenizer, out))
-        assert content_of(out) == expected, f"stopped at rename {limit}"
-        shutil.rmtree(out)
-        limit += 1
-    assert limit > 2 * RENAMES_OF_ONE_UNIT + 2 * 6
+    manifests = ("low/manifest.json", "high/manifest.json")
+    num_tries = stop_at_every_rename(command, tmp_path, expected, monkeypatch, manifests)
+    assert num_tries >= 2 * RENAMES_OF_ONE_UNIT + 2 * 6
 
 
 def test_a_second_run_does_nothing_and_another_split_is_refused(

@@ -1,20 +1,16 @@
 """Preparations run by datatrove: the bytes of one process, whatever dies on the way."""
 
 import importlib.util
-import os
-import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import content_of, run_here, write_jsonl
+from conftest import content_of, run_here
+from processes import start, wait_for, write_word_files
 
-ROOT = Path(__file__).parents[2]
 has_datatrove = importlib.util.find_spec("datatrove") is not None
 needs_datatrove = pytest.mark.skipif(not has_datatrove, reason="--executor needs datatrove")
 has_slurm = shutil.which("sbatch") is not None and subprocess.run(["sinfo"], capture_output=True).returncode == 0
@@ -24,14 +20,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    rng = random.Random(3)
-    words = ["the", "river", "carries", "letters", "and", "a", "map", "of", "old", "town", "東京", "naïve"]
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(12):
-        texts = [" ".join(rng.choices(words, k=rng.randint(1, 300))) for _ in range(300)]
-        write_jsonl(folder / f"{number:02d}.jsonl", texts, url=[str(index) for index in range(300)])
-    return folder
+    return write_word_files(tmp_path / "corpus", 300)
 
 
 @pytest.fixture
@@ -45,27 +34,11 @@ def arguments(corpus: Path, tokenizer: Path, out: Path, *more: object) -> list[s
     return [str(each) for each in ("prep", corpus, *fixed, "--out", out, *more)]
 
 
-def start(*words: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "data_prep", *words], env=environment, **pipes)
-
-
 def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(condition, timeout_s: float = 100):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited for nothing")
 
 
 def test_without_datatrove_the_remedy_is_said_and_prep_does_not_import_it(tmp_path, run_cli):

@@ -1,19 +1,16 @@
 """Exact duplicates leave, documents and lines, as a plain loop over the corpus removes them."""
 
-import itertools
 import json
-import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import content_of, read_documents, run_here, write_rows
 from hub_server import serve
+from processes import stop_at_every_rename
 from test_hub_source import parquet
 
-from data_prep.__main__ import main
 from data_prep.duplicates import Seen
 from data_prep.encode import text_hash
 from data_prep.ledger import find_imbalances
@@ -144,41 +141,16 @@ def test_workers_and_the_number_of_units_at_once_change_no_byte(tmp_path, small_
     assert content_of(tmp_path / "1") == content_of(tmp_path / "3") == content_of(tmp_path / "few")
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of ours may catch it and go on."""
-
-
 def test_a_stop_at_every_rename_continues_to_the_same_bytes(tmp_path, small_tokenizer, filters, monkeypatch):
     folder = write_files(tmp_path / "x", make_texts(60), 30)
     run_here(*arguments(folder, small_tokenizer, tmp_path / "reference" / "out", filters))
     expected = content_of(tmp_path / "reference" / "out")
-    rename, limit, is_finished = os.replace, 1, False
 
-    def stop_at(limit: int):
-        numbers = itertools.count(1)
+    def command(out: Path) -> list[str]:
+        return arguments(folder, small_tokenizer, out, filters)
 
-        def replace(source, target):
-            if next(numbers) == limit:
-                raise Killed
-            rename(source, target)
-
-        return replace
-
-    while not is_finished:
-        out = tmp_path / str(limit) / "out"
-        monkeypatch.setattr(os, "replace", stop_at(limit))
-        try:
-            main(arguments(folder, small_tokenizer, out, filters))
-            is_finished = True
-        except Killed:
-            assert not (out / "manifest.json").exists()
-        monkeypatch.setattr(os, "replace", rename)
-        if not is_finished:
-            run_here(*arguments(folder, small_tokenizer, out, filters))
-        assert content_of(out) == expected, f"stopped at rename {limit}"
-        shutil.rmtree(out)
-        limit += 1
-    assert limit > 2 * (2 + 5) + 8  # of two units: screened in two renames, encoded in five
+    num_tries = stop_at_every_rename(command, tmp_path, expected, monkeypatch)
+    assert num_tries >= 2 * (2 + 5) + 8  # of two units: screened in two renames, encoded in five
 
 
 def test_a_document_beyond_the_cap_of_its_source_is_no_duplicate_of_another(tmp_path, small_tokenizer, filters):

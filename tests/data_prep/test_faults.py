@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,46 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import content_of, run_here, write_jsonl
+from processes import start, wait_for, write_word_files
 
 from data_prep.manifest import load_manifest
 
-ROOT = Path(__file__).parents[2]
 NUM_FILES = 12
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Twelve files, so twelve units, of some tenths of a second each."""
-    rng = random.Random(3)
-    words = ["the", "river", "carries", "letters", "and", "a", "map", "of", "old", "town", "東京", "naïve"]
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(NUM_FILES):
-        write_jsonl(
-            folder / f"{number:02d}.jsonl", [" ".join(rng.choices(words, k=rng.randint(1, 300))) for _ in range(600)]
-        )
-    return folder
+    return write_word_files(tmp_path / "corpus", 600, NUM_FILES)
 
 
 def arguments(source: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
     fixed = ("--tokenizer", tokenizer, "--block-size", 16, "--val-fraction", 0.1, "--encoder", "hf")
     return [str(each) for each in ("prep", source, *fixed, "--out", out, *more)]
-
-
-def start(*words: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "data_prep", *words], env=environment, **pipes)
-
-
-def wait_for(condition, timeout_s: float = 60):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError("waited for nothing")
 
 
 def encoders(process: subprocess.Popen) -> list[psutil.Process]:

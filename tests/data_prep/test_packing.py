@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import content_of, main, run_here, write_jsonl
+from conftest import content_of, run_here, write_jsonl
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from processes import stop_at_every_rename
 
 from data_prep.blocks import Blocks
 from data_prep.documents import DocumentMap
@@ -179,10 +179,6 @@ def test_one_and_three_workers_give_the_same_bytes(tmp_path, corpus, small_token
     assert len([name for name in one if name.startswith("train/data-")]) > 10
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of ours may catch it and go on."""
-
-
 @pytest.mark.slow
 def test_a_stop_at_every_rename_continues_to_the_same_bytes(
     tmp_path, corpus, small_tokenizer, small_windows, monkeypatch
@@ -191,28 +187,11 @@ def test_a_stop_at_every_rename_continues_to_the_same_bytes(
         path.unlink()
     run_here(*arguments(corpus, small_tokenizer, tmp_path / "reference" / "out", "--num-proc", 1))
     expected = content_of(tmp_path / "reference" / "out")
-    rename, limit, is_finished = os.replace, 0, False
-    while not is_finished:
-        limit, num_renames, out = limit + 1, 0, tmp_path / str(limit) / "out"
 
-        def replace(source, target, limit=limit):
-            nonlocal num_renames
-            num_renames += 1
-            if num_renames == limit:
-                raise Killed
-            rename(source, target)
+    def command(out: Path) -> list[str]:
+        return arguments(corpus, small_tokenizer, out, "--num-proc", 1)
 
-        monkeypatch.setattr(os, "replace", replace)
-        try:
-            main(arguments(corpus, small_tokenizer, out, "--num-proc", 1))
-            is_finished = True
-        except Killed:
-            assert not (out / "manifest.json").exists()
-        monkeypatch.setattr(os, "replace", rename)
-        run_here(*arguments(corpus, small_tokenizer, out, "--num-proc", 1))
-        assert content_of(out) == expected, f"stopped at rename {limit}"
-        shutil.rmtree(out)
-    assert limit > 10
+    assert stop_at_every_rename(command, tmp_path, expected, monkeypatch) > 10
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import content_of, run_here, write_jsonl
+from conftest import content_of, run_here
+from processes import Killed, stop_at_every_rename, write_word_files
 
 from data_prep.__main__ import main
 from data_prep.errors import UserError
@@ -22,14 +23,7 @@ from data_prep.manifest import load_manifest
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Twelve files of records, so twelve units."""
-    rng = random.Random(3)
-    words = ["the", "river", "carries", "letters", "and", "a", "map", "of", "old", "town", "東京", "naïve"]
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(12):
-        texts = [" ".join(rng.choices(words, k=rng.randint(1, 300))) for _ in range(60)]
-        write_jsonl(folder / f"{number:02d}.jsonl", texts, url=[str(index) for index in range(60)])
-    return folder
+    return write_word_files(tmp_path / "corpus", 60)
 
 
 def arguments(corpus: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
@@ -74,45 +68,17 @@ def test_a_killed_prep_continues_to_the_same_bytes(tmp_path, corpus, small_token
     assert content_of(out) == content_of(reference), f"waits {waits}"
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of ours may catch it and go on."""
-
-
 def test_a_stop_at_every_rename_continues_to_the_same_bytes(tmp_path, corpus, small_tokenizer, monkeypatch):
     for path in sorted(corpus.iterdir())[3:]:
         path.unlink()
     monkeypatch.setattr("data_prep.align.SHARD_TOKENS", 4096)
     run_here(*arguments(corpus, small_tokenizer, tmp_path / "reference" / "out", "--num-proc", 1))
     expected = content_of(tmp_path / "reference" / "out")
-    rename = os.replace
-    num_renames = 0
 
-    def stop_at(limit: int):
-        def replace(source, target):
-            nonlocal num_renames
-            num_renames += 1
-            if num_renames == limit:
-                raise Killed
-            rename(source, target)
+    def command(out: Path) -> list[str]:
+        return arguments(corpus, small_tokenizer, out, "--num-proc", 1)
 
-        return replace
-
-    limit, is_finished = 1, False
-    while not is_finished:
-        out = tmp_path / str(limit) / "out"
-        monkeypatch.setattr(os, "replace", stop_at(limit))
-        num_renames = 0
-        try:
-            main(arguments(corpus, small_tokenizer, out, "--num-proc", 1))
-            is_finished = True
-        except Killed:
-            assert not (out / "manifest.json").exists()
-        monkeypatch.setattr(os, "replace", rename)
-        run_here(*arguments(corpus, small_tokenizer, out, "--num-proc", 1))
-        assert content_of(out) == expected, f"stopped at rename {limit}"
-        shutil.rmtree(out)
-        limit += 1
-    assert limit > 20
+    assert stop_at_every_rename(command, tmp_path, expected, monkeypatch) >= 20
 
 
 def test_finished_units_are_not_encoded_again(tmp_path, corpus, small_tokenizer, monkeypatch):

@@ -98,3 +98,25 @@ def quiet_config(recipe: Path) -> str:
 def losses(run: Path) -> dict[int, float]:
     """Step -> training loss."""
     return {record["step"]: record["loss"] for record in read_metrics(run) if "loss" in record}
+
+
+STAGES = """data.stages=[
+  {name: short, tokens: 2560, block_size: 16, tokens_per_step: 256},
+  {name: long, tokens: 5120, mixture: [{dataset: DATA, weight: 0.3}, {dataset: OTHER, weight: 0.7}]},
+  {name: cool, tokens: 1024, rope: {rope_theta: 50000}, schedule: {shape: 1-sqrt, end: 0.0}}]"""
+
+
+@pytest.fixture
+def staged(prepared, second_dataset) -> list[str]:
+    """10 steps of 4 samples, 10 of 8, 2 of 8."""
+    stages = STAGES.replace("DATA", str(prepared.folder)).replace("OTHER", str(second_dataset)).replace("\n", "")
+    return [stages, "data.tokens=null", "run.record_blocks=true", "training.per_device_train_batch_size=4"]
+
+
+def recorded(run: Path, num_processes: int = 1) -> dict[int, list[int]]:
+    """Step -> the samples of its global batch as the ranks consumed them, put together micro-batch by micro-batch."""
+    per_rank = [
+        {r["step"]: r["samples"] for r in map(json.loads, (run / f"blocks-{rank}.jsonl").read_text().splitlines())}
+        for rank in range(num_processes)
+    ]
+    return {step: sorted(s for rank in per_rank for s in rank[step]) for step in per_rank[0]}

@@ -7,9 +7,8 @@ import pytest
 
 from data_prep.errors import UserError
 
-from .conftest import losses, quiet_config, read_metrics
+from .conftest import losses, quiet_config, read_metrics, recorded
 from .test_launch import TORCHRUN, launch
-from .test_stages import recorded
 
 ROWS = "training.per_device_train_batch_size="
 

@@ -17,10 +17,9 @@ from clm.checkpoint import find_damage
 from clm.run_folder import list_checkpoints, list_weights, model_folder
 from data_prep.errors import UserError
 
-from .conftest import losses, quiet_config, read_metrics
+from .conftest import losses, quiet_config, read_metrics, recorded
 from .poison import BAD, excluded_blocks, on
 from .test_launch import BIN, ROOT, TORCHRUN, first_weights, launch
-from .test_stages import recorded, staged  # noqa: F401
 
 FSDP2 = ROOT / "accelerate_configs" / "fsdp2.yaml"
 
@@ -164,7 +163,7 @@ def test_hsdp_on_four_processes_is_one_process_and_writes_each_shard_once(train,
 
 
 @pytest.mark.slow
-def test_stages_under_fsdp_are_those_of_one_process(train, staged, recipe):  # noqa: F811
+def test_stages_under_fsdp_are_those_of_one_process(train, staged, recipe):
     quiet = quiet_config(recipe)
     one = train(*staged, quiet, name="one")
     fsdp(recipe, "two", *staged, quiet, "training.per_device_train_batch_size=2")

@@ -1,16 +1,14 @@
 """Text to token files as datatrove's DocumentTokenizer does it, with its local executor: a task for each input file.
 
-python datatrove.py json|parquet FILES TOKENIZER OUT NUM_PROC
+python datatrove_tokens.py json|parquet FILES TOKENIZER OUT NUM_PROC
 """
 
 import sys
 from pathlib import Path
 
-sys.path.pop(0)  # this folder: a script of this name would be imported instead of the library
-
-from datatrove.executor import LocalPipelineExecutor  # noqa: E402
-from datatrove.pipeline.readers import JsonlReader, ParquetReader  # noqa: E402
-from datatrove.pipeline.tokens import DocumentTokenizer  # noqa: E402
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader, ParquetReader
+from datatrove.pipeline.tokens import DocumentTokenizer
 
 
 def main() -> None:
