@@ -190,6 +190,10 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _prep(options: argparse.Namespace) -> int:
+    if options.num_proc != 1 and not options.estimate:
+        from data_prep.worker_server import start_server
+
+        start_server()
     from data_prep.ledger import LedgerError
     from data_prep.plan import Options
     from data_prep.prep import prepare

@@ -113,18 +113,22 @@ def write_document_map(
         for unit in units:
             rows = read_rows(work, unit.key).slice(0, unit.num_rows)
             is_in_split = to_numpy(rows["status"]) == (TRAIN if split == "train" else VALIDATION)
-            here = rows.filter(from_numpy(is_in_split & (to_numpy(rows["bucket"]) == bucket)))
-            num_tokens = to_numpy(here["num_tokens"]).astype(np.uint64)
+            is_here = is_in_split & (to_numpy(rows["bucket"]) == bucket)
+            file, record, num_tokens, num_bytes = (
+                to_numpy(rows[name])[is_here] for name in ("file", "record", "num_tokens", "num_bytes")
+            )
+            num_tokens = num_tokens.astype(np.uint64)
             ends = first_token + np.cumsum(num_tokens, dtype=np.uint64)
             columns = {
                 "first_token": from_numpy(ends - num_tokens),
-                "source": in_one(here["file"]),
-                "record": from_numpy(to_numpy(here["record"]) + np.uint64(unit.first_record)),
-                "num_bytes": in_one(here["num_bytes"]),
+                "source": from_numpy(file),
+                "record": from_numpy(record + np.uint64(unit.first_record)),
+                "num_bytes": from_numpy(num_bytes),
             }
             for name, kind in keep_columns.items():
-                is_there = name in here.column_names
-                columns[name] = in_one(here[name]) if is_there else pa.nulls(len(here), pa.type_for_alias(kind))
+                is_there = name in rows.column_names
+                column = rows[name].filter(from_numpy(is_here)) if is_there else None
+                columns[name] = in_one(column) if is_there else pa.nulls(len(ends), pa.type_for_alias(kind))
             waiting += pa.table(columns, schema=schema).to_batches()
             first_token = int(ends[-1]) if len(ends) else first_token
             if sum(len(batch) for batch in waiting) >= ROWS_PER_BATCH:

@@ -23,12 +23,12 @@ def from_list(values: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
     return pa.nulls(len(values), kind) if all(value is None for value in values) else pa.array(values, kind)
 
 
-def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+def to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The numbers of a column without nulls, in one array."""
     dtype = np.dtype(column.type.to_pandas_dtype())
     chunks = [
         np.frombuffer(chunk.buffers()[1], dtype, len(chunk), chunk.offset * dtype.itemsize)
-        for chunk in column.chunks
+        for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])
         if len(chunk)
     ]
     return chunks[0] if len(chunks) == 1 else np.concatenate([np.empty(0, dtype), *chunks])

@@ -161,13 +161,15 @@ class Blocks:
     def _map(self, shard: int) -> np.ndarray:
         import pyarrow as pa
 
+        from data_prep.arrays import to_numpy
+
         info = self._shards[shard]
         path = self.folder / info.file
         try:
             if path.stat().st_size != info.num_bytes:
                 raise ValueError(f"it has {path.stat().st_size:,} bytes, the manifest says {info.num_bytes:,}")
             column = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch().column("input_ids")
-            tokens = column.values.to_numpy(zero_copy_only=True)
+            tokens = to_numpy(column.values)
             if tokens.dtype != self.dtype or len(tokens) != info.num_blocks * self.block_size:
                 raise ValueError(f"it holds {len(tokens):,} tokens of {tokens.dtype}, the manifest says otherwise")
         except (OSError, ValueError, KeyError, StopIteration) as error:  # pa.ArrowInvalid is a ValueError

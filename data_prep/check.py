@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.arrays import to_numpy
 from data_prep.blocks import Blocks, lengths_path
 from data_prep.check_packed import check_packed
 from data_prep.documents import DocumentMap, count_cut, map_path
@@ -114,12 +115,12 @@ def _check_counts(folder: Path, manifest: Manifest, split: str) -> list[str]:
         return [f"{folder}/manifest.json: {split} has num_blocks {info.num_blocks:,} but its shards {num_in_shards:,}"]
     blocks, documents = Blocks(folder, split), DocumentMap(folder, split)
     problems = []
-    first = documents.first_tokens.to_numpy().astype(np.int64)
+    first = to_numpy(documents.first_tokens).astype(np.int64)
     if len(documents) != info.num_documents:
         problems.append(
             f"{map_path(folder, split)}: has {len(documents):,} documents but the manifest says {info.num_documents:,}"
         )
-    if int(documents.table["num_bytes"].to_numpy().sum(dtype=np.int64)) != info.num_bytes:
+    if int(to_numpy(documents.table["num_bytes"]).sum(dtype=np.int64)) != info.num_bytes:
         problems.append(f"{map_path(folder, split)}: its bytes are not the manifest's {info.num_bytes:,}")
     if len(first) and (first[0] != 0 or (np.diff(first) <= 0).any() or first[-1] >= info.num_tokens):
         problems.append(f"{map_path(folder, split)}: its documents are not one after the other")

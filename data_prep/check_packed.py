@@ -5,6 +5,7 @@ In: blocks with lengths, the piece map and the document map. Out: a list of what
 
 import numpy as np
 
+from data_prep.arrays import to_numpy
 from data_prep.blocks import Blocks, lengths_path
 from data_prep.documents import DocumentMap
 from data_prep.pieces import pieces_path
@@ -30,7 +31,7 @@ def check_packed(blocks: Blocks, documents: DocumentMap) -> list[str]:
 def _check_pieces(blocks: Blocks, documents: DocumentMap, lengths: np.ndarray) -> list[str]:
     info, tokenizer, size = blocks.manifest.splits[blocks.split], blocks.manifest.tokenizer, blocks.block_size
     where = pieces_path(blocks.folder, blocks.split)
-    starts = documents.first_tokens.to_numpy().astype(np.int64)
+    starts = to_numpy(documents.first_tokens).astype(np.int64)
     next_token = next_block = 0
     num_eos = num_bos = 0
     for position, token, length in documents.piece_map.windows():

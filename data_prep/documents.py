@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data_prep.arrays import to_numpy
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
 from data_prep.packing import CONCAT
@@ -90,7 +91,7 @@ class DocumentMap:
     def number_at(self, token: int) -> int:
         """The number of the document that holds the token at position `token`."""
         chunk = int(np.searchsorted(self._chunk_first_token, np.uint64(token), side="right")) - 1
-        inside = self.first_tokens.chunk(chunk).to_numpy(zero_copy_only=True)
+        inside = to_numpy(self.first_tokens.chunk(chunk))
         return int(self._chunk_first_row[chunk] + np.searchsorted(inside, np.uint64(token), side="right")) - 1
 
     def document(self, number: int) -> Document:
@@ -152,7 +153,7 @@ def count_cut(path: Path, num_tokens: int, block_size: int, packing: str) -> tup
     """
     num_cut = num_long = 0
     with pa.memory_map(str(path)) as file:
-        batches = (batch.column("first_token").to_numpy().astype(np.int64) for batch in pa.ipc.open_stream(file))
+        batches = (to_numpy(batch["first_token"]).astype(np.int64) for batch in pa.ipc.open_stream(file))
         for first, following in pairwise(chain(batches, [np.array([num_tokens])])):
             last = np.append(first[1:], following[0]) - 1
             is_long = last - first >= block_size

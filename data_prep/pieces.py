@@ -84,7 +84,7 @@ class PieceMap:
         raise IndexError(f"{self.blocks.folder}/{self.blocks.split}: position {position} is padding")
 
     def _load_window(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        batch = pa.Table.from_batches([self._windows[number]])
+        batch = self._windows[number]
         position, token = (to_numpy(batch[name]).astype(np.int64) for name in SCHEMA.names)
         block = position // self.blocks.block_size
         ends = block * self.blocks.block_size + self.blocks.lengths_of(block)  # of the blocks' text

@@ -24,7 +24,6 @@ from data_prep.sizes import parse_count
 from data_prep.sources import Source, SourceFile, list_local_files, parse_sources
 
 BYTES_PER_TOKEN = 4  # of English under a vocabulary of 32k to 50k; only for estimates
-COMPRESSION = 2.5  # text bytes per byte of a compressed file; only for estimates
 MIN_VOCAB_SIZE = 256 + 4  # every byte and the four control tokens
 
 
@@ -280,7 +279,7 @@ def val_threshold(plan: Plan, files: list[tuple[int, SourceFile]]) -> dict[str, 
     for number, source in enumerate(plan.sources):
         entry = source.entry
         sizes = [
-            file.size * (1 if file.format in ("text", "python", "jsonl") else 2 if entry.tokenized else COMPRESSION)
+            file.size * 2 if entry.tokenized and file.format not in ("text", "python", "jsonl") else file.text_bytes
             for n, file in files
             if n == number
         ]

@@ -41,7 +41,7 @@ from data_prep.tokenizer_training import ControlTokens
 from data_prep.units import UNIT_BYTES
 from data_prep.workers import NO_ROOM, Workers, explain_no_room
 
-READ_TWICE_BYTES = 32_000_000  # of input: a moment
+READ_TWICE_BYTES = 32_000_000  # of input, uncompressed: a moment
 TOKENIZER_DONE = "tokenizer.json"  # in the working folder: what the finished tokenizer was made from
 
 
@@ -176,7 +176,7 @@ def _load_manifests(plan: Plan) -> dict[str, Manifest]:
 def _is_small_and_strict(plan: Plan) -> bool:
     """Whether reading everything once before writing costs little: then every error comes first."""
     is_local = all(source.entry.path is not None for source in plan.sources)
-    size = sum(file.size for files in plan.local_files.values() for file in files)
+    size = sum(file.text_bytes for files in plan.local_files.values() for file in files)
     if any(source.entry.tokenized for source in plan.sources):
         return False  # its ids mean nothing before there is a tokenizer
     is_strict = any(source.entry.on_bad_record == "fail" for source in plan.sources) and not plan.skip_failed

@@ -34,6 +34,7 @@ FORMATS = {
 TOKENIZED_FORMATS = {".bin": "bin", ".parquet": "parquet", ".arrow": "arrow"}
 BIN_IS_A_STREAM = "--tokenized is documents but a .bin has no rows. Its documents end at EOS: --tokenized stream."
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMPRESSION = 2.5  # text bytes per byte of a compressed file, for estimates
 DEFAULT_KEEP_COLUMNS = {"url": "string", "score": "float64", "language": "string"}
 # Up to here the files' content is hashed (well under a second); beyond, size and time of change stand for it.
 MAX_HASHED_BYTES = 256_000_000
@@ -49,6 +50,11 @@ class SourceFile:
     identity: str  # changes when the content does
     split: str = "train"
     path: str | None = None
+
+    @property
+    def text_bytes(self) -> float:
+        """About as many bytes of text it holds; only for estimates."""
+        return self.size * (1 if self.format in ("text", "python", "jsonl") else COMPRESSION)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _tally_split(
     ]
     number = 0
     for i, batch in enumerate(batches):
-        columns = (to_numpy(pa.chunked_array([batch[name]])) for name in ("first_token", "source", "num_bytes"))
+        columns = (to_numpy(batch[name]) for name in ("first_token", "source", "num_bytes"))
         first, file, num_bytes = (column.astype(np.int64) for column in columns)
         following = batches[i + 1]["first_token"][0].as_py() if i + 1 < len(batches) else documents.num_tokens
         end = np.append(first[1:], following)

@@ -1,12 +1,11 @@
 """Worker processes for units: results in order, a bounded number of units ahead, a dead worker named.
 
 In: jobs, lazily, and None where what comes next depends on the results so far. Out: (job, result) in the order of the
-jobs, whoever finished first. A worker is a spawned process (never forked: the tokenizer library has threads) that gets
-one job at a time through a pipe. One worker means this process.
+jobs, whoever finished first. A worker is a process of its own (data_prep/worker_server.py) that gets one job at a time
+through a pipe. One worker means this process.
 """
 
 import errno
-import importlib
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from data_prep.encode import Job, UnitResult, encode_unit, load_result
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
+from data_prep.worker_server import worker_context
 
 # What "no room" looks like: a full disk, a full quota, a limit on file size.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -85,7 +85,7 @@ class _Worker:
 
 class _Pool:
     def __init__(self, num_proc: int):
-        self.context = multiprocessing.get_context("spawn")
+        self.context = worker_context()
         self.num_proc = num_proc
         self.workers: list[_Worker] = []
         self._begin()
@@ -220,9 +220,6 @@ class _Pool:
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is the parallelism
-    with suppress(ImportError):  # they take a moment, in which the parent is still busy
-        importlib.import_module("tokenizers")
-        importlib.import_module("gigatoken")
     try:
         while True:
             job = pipe.recv()
