@@ -21,6 +21,7 @@ from data_prep.encoder import EncoderChoice, ReferenceEncoder, load_tokenizer_js
 from data_prep.fast_encoder import (
     EncoderMismatchError,
     FastEncoder,
+    fast_checksum,
     fast_name,
     hostile_texts,
     structure_problem,
@@ -162,5 +163,5 @@ def _remember_hostile_set(tokenizer: TokenizerInfo, name: str) -> None:
 
 def _proof_key(tokenizer: TokenizerInfo, name: str) -> str:
     source = Path(__file__).with_name("fast_encoder.py").read_bytes()  # the hostile set itself
-    what = [*astuple(replace(tokenizer, source=None)), name, reference_name()]
+    what = [*astuple(replace(tokenizer, source=None)), name, fast_checksum(), reference_name()]
     return hashlib.sha256(json.dumps(what).encode() + source).hexdigest()
