@@ -207,6 +207,7 @@ def build_model(
     loss: str | None = None,
     is_fast: bool = False,
     is_sharded: bool = False,
+    z_loss: float | None = None,
 ) -> PreTrainedModel:
     """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3).
 
@@ -215,6 +216,7 @@ def build_model(
         loss: how the loss-only forward computes (clm/loss_only.py); None leaves the model its own.
         is_fast: experts follow autocast (clm/mixed_precision.py).
         is_sharded: FSDP2: its matrices have no memory yet; clm/fsdp.py divides and fills them.
+        z_loss: its coefficient in training, for the loss-only forward.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -251,7 +253,7 @@ def build_model(
     if is_fast:
         use_autocast_experts(model)
     if loss is not None:
-        install(model, loss)
+        install(model, loss, z_loss)
     return model
 
 

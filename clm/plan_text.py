@@ -66,7 +66,9 @@ def describe_plan(plan: Plan) -> str:
 def _speed(plan: Plan) -> list[str]:
     speed = plan.speed
     loss = f"{speed.loss}, without logits" if speed.loss else "of the model's own forward"
-    muon = plan.recipe.run.muon
+    muon, z_loss = plan.recipe.run.muon, plan.recipe.run.z_loss
+    if z_loss:
+        loss += f", with z-loss {z_loss:g} x (log Z)^2"
     optimizer = plan.training.get("optim", DEFAULTS["optim"])
     if plan.recipe.run.optimizer == "muon":
         optimizer = f"muon at {muon.learning_rate:g} for hidden matrices, {optimizer} for the rest"

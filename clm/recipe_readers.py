@@ -123,6 +123,7 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
         loss=read_choice(raw, "run.loss", "auto", LOSSES, problems),
         optimizer=read_choice(raw, "run.optimizer", "trainer", OPTIMIZERS, problems),
         muon=_read_muon(raw, problems),
+        z_loss=read_optional_number(raw, "run.z_loss", problems),
         schedule_tokens=read_optional_count(raw, "run.schedule_tokens", problems),
         warmup_tokens=read_optional_count(raw, "run.warmup_tokens", problems),
         decay_tokens=read_optional_count(raw, "run.decay_tokens", problems),

@@ -147,6 +147,7 @@ class RunSection:
     loss: str = "auto"
     optimizer: str = "trainer"
     muon: MuonSettings = field(default_factory=MuonSettings)
+    z_loss: float | None = None
     schedule_tokens: int | None = None
     warmup_tokens: int | None = None
     decay_tokens: int | None = None

@@ -142,6 +142,12 @@ def _choose_loss(
     if why_not is not None:
         if wanted != "auto":
             recipe.problems.add("run.loss", f"is {wanted} but {why_not}. Remove it.")
+        if recipe.run.z_loss:
+            recipe.problems.add(
+                "run.z_loss",
+                f"is {recipe.run.z_loss:g} but the model's own forward computes the loss ({why_not}), and it knows no "
+                "z-loss. Remove it.",
+            )
         return None, why_not
     why_whole = None
     if is_engine_used(training):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.numpy import load_file
 from clm.recipe import load_recipe
 from data_prep.errors import UserError
 
-from .conftest import losses, quiet_config
+from .conftest import losses, quiet_config, read_metrics
 from .test_launch import TORCHRUN, launch
 
 MUON = ("run.optimizer=muon", "run.muon.learning_rate=0.01", "training.learning_rate=3e-3")
@@ -50,6 +52,17 @@ def test_muon_trains_the_same_however_the_batch_is_cut(train, recipe):
 
 
 @pytest.mark.slow
+def test_the_z_loss_on_two_processes_is_that_of_one(train, recipe):
+    short = (quiet_config(recipe), "data.tokens=2048", "data.validation=[]", "run.z_loss=0.01")
+    one = train(*short, name="one")
+    done = launch(*TORCHRUN, "run_clm.py", str(recipe), *short, "training.run_name=two")
+    assert done.returncode == 0, done.stderr
+    records = [[r for r in read_metrics(run) if "loss" in r] for run in (one, one.with_name("two"))]
+    for name in ("loss", "z_loss", "grad_norm"):
+        assert [r[name] for r in records[0]] == pytest.approx([r[name] for r in records[1]], rel=1e-5), name
+
+
+@pytest.mark.slow
 def test_muon_on_two_processes_trains_as_on_one(train, recipe):
     short = (*MUON, quiet_config(recipe), "data.tokens=5120", "data.validation=[]")
     one = train(*short, name="one")
@@ -61,9 +74,26 @@ def test_muon_on_two_processes_trains_as_on_one(train, recipe):
     assert all(np.linalg.norm(a[name] - b[name]) <= 0.02 * np.linalg.norm(a[name]) for name in a)
 
 
+def test_the_z_loss_is_logged_apart_and_does_not_depend_on_how_the_batch_is_cut(train, recipe):
+    short = (quiet_config(recipe), "data.tokens=2048", "data.validation=[]", "training.save_strategy=no")
+    strong = (*short, "run.z_loss=0.01")
+    without = train(*short, name="without")
+    one = train(*strong, "training.per_device_train_batch_size=16", name="one")
+    four = train(*strong, "run.loss=whole", "training.per_device_train_batch_size=4", name="four")
+    records = [[r for r in read_metrics(run) if "loss" in r] for run in (one, four)]
+    for name in ("loss", "z_loss", "grad_norm"):
+        assert [r[name] for r in records[0]] == pytest.approx([r[name] for r in records[1]], rel=1e-5), name
+    assert losses(one)[1] == pytest.approx(losses(without)[1], rel=1e-6), "of the same weights, the cross entropy alone"
+    assert losses(one)[4] != pytest.approx(losses(without)[4], rel=1e-6)
+    # logits are near 0 at first, so that Z is about the number of tokens
+    assert records[0][0]["z_loss"] == pytest.approx(0.01 * math.log(384) ** 2, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "overrides, text",
     [
+        (["run.z_loss=1e-4", "run.speed=stock"], "run.z_loss is 0.0001 but the model's own forward computes the loss"),
+        (["run.z_loss=0"], "run.z_loss is 0 but must be a number above 0"),
         (["run.muon.learning_rate=0.1"], "run.muon is set but run.optimizer is not muon"),
         ([*MUON, "training.optim=lion_32bit"], "training.optim is lion_32bit but run.optimizer is muon"),
         ([*MUON, "run.spikes.policy=skip"], "run.spikes.policy is skip but run.optimizer is muon"),
