@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clm.arguments import check_training
 from clm.dataset import ValidationRows
 from clm.document_mask import DocumentMask
+from clm.ema import check_ema
 from clm.fsdp import check_fsdp
 from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_tokenizer, open_mixture, open_validation
 from clm.layout import lay_out, make_order, make_timeline
@@ -116,10 +117,19 @@ class Plan:
         return {name: split.manifest.fingerprint for name, split in pairs}
 
     @property
+    def weights_bytes(self) -> int:
+        """The fp32 weights, and with run.ema their average: what is left of a run at its end."""
+        return self.num_parameters * BYTES_PER_PARAMETER * (1 if self.recipe.run.ema.decay is None else 2)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Estimated size of the optimizer's state: two moments."""
+        return self.num_parameters * (2 if "8bit" in str(self.training.get("optim", "")) else 8)
+
+    @property
     def checkpoint_bytes(self) -> int:
-        """Estimated size of one checkpoint: fp32 weights and the optimizer's two moments."""
-        moments = 2 if "8bit" in str(self.training.get("optim", "")) else 8
-        return self.num_parameters * (BYTES_PER_PARAMETER + moments)
+        """Estimated size of one checkpoint."""
+        return self.weights_bytes + self.optimizer_bytes
 
     def learning_rate_factor(self) -> Callable[[int], float]:
         """The share of the peak learning rate that the step after k finished ones uses (clm/schedule.py)."""
@@ -166,6 +176,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     precision, why_precision = _choose_precision(training, problems)
     check_policy(recipe, training, precision)
     check_fsdp(recipe, training, num_processes)
+    check_ema(recipe, training, [rows.name for rows in validation])
     block_size = max([item.block_size or data.block_size for item in data.all_stages])
     speed = choose_speed(recipe, training, config, block_size, precision, _has_gpu(training))
     problems.raise_if_any()
@@ -303,7 +314,7 @@ def _check_passes(plan: Plan) -> None:
 def _check_disk(plan: Plan) -> None:
     existing = next(p for p in (plan.run_folder, *plan.run_folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    need = plan.checkpoint_bytes + plan.num_parameters * BYTES_PER_PARAMETER
+    need = plan.checkpoint_bytes + plan.weights_bytes
     if free < need and not list_checkpoints(plan.run_folder):  # with checkpoints, run.retention may make room
         plan.recipe.problems.add(
             "run.retention",

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from clm.plan import Plan
     from clm.timeline import Stage
 
-BYTES_PER_PARAMETER = 4  # of final/, fp32
-
 
 def learning_rates(plan: Plan, steps: list[int]) -> list[float]:
     """The learning rate of the optimizer step after k finished ones, for each k of `steps`."""
@@ -72,8 +70,10 @@ def _speed(plan: Plan) -> list[str]:
     optimizer = plan.training.get("optim", DEFAULTS["optim"])
     if plan.recipe.run.optimizer == "muon":
         optimizer = f"muon at {muon.learning_rate:g} for hidden matrices, {optimizer} for the rest"
+    decay = plan.recipe.run.ema.decay
     return [
         f"optimizer    {optimizer}",
+        *([f"average      of the weights, decay {decay:g} (run.ema)"] if decay is not None else []),
         f"loss         {loss}: {speed.loss_reason}",
         f"compiled     {'yes' if speed.compiled else 'no'}: {speed.compiled_reason}",
     ]
@@ -154,7 +154,8 @@ def _disk(plan: Plan) -> str:
         parts.append(f"one every {format_count(keep.every_tokens)} tokens")
     if keep.weights != "none":
         parts.append(f"the weights of {'all' if keep.weights == 'all' else keep.weights} others")
+    finals = "final/" if plan.recipe.run.ema.decay is None else "final/ and final-ema/"
     return (
-        f"disk         {', '.join(parts)}, about {format_bytes(plan.checkpoint_bytes)} each, and final/ of "
-        f"{format_bytes(plan.num_parameters * BYTES_PER_PARAMETER)} under {plan.run_folder}"
+        f"disk         {', '.join(parts)}, about {format_bytes(plan.checkpoint_bytes)} each, and {finals} of "
+        f"{format_bytes(plan.weights_bytes)} under {plan.run_folder}"
     )

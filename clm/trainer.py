@@ -16,6 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 from clm.block_record import BlockRecord
 from clm.checkpoint import SAVING
 from clm.dataset import OrderSampler, TrainBlocks, ValidationRows
+from clm.ema import PREFIX as EMA_PREFIX
+from clm.ema import Ema
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fast_steps import FastSteps, make_collator
 from clm.fsdp import gather_state, shard
@@ -79,6 +81,10 @@ class ClmTrainer(FastSteps):
         )
         if self.is_fsdp_enabled:
             shard(self)
+        self.ema: Ema | None = None
+        if plan.recipe.run.ema.decay is not None:
+            self.ema = Ema(self.model, plan.recipe.run.ema.decay)
+            self.add_callback(self.ema)
         self.spikes = SpikeWatch(self, args.device)
         self.block_record = None
         if plan.recipe.run.record_blocks:
@@ -139,11 +145,14 @@ class ClmTrainer(FastSteps):
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py)."""
+        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py); and it has the
+        average of run.ema."""
         if is_ours(self, resume_from_checkpoint):
             load_weights(self, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Stock, but the learning rate is that of the present schedule: stock goes on for one step with the saved one,
@@ -186,6 +195,10 @@ class ClmTrainer(FastSteps):
             )
 
         metrics = evaluate_sets(self.plan.validation, sum_one)
+        if self.ema is not None:
+            with self.ema.in_place():
+                averaged = evaluate_sets(self.plan.validation, sum_one)
+            metrics |= {EMA_PREFIX + name.removeprefix("eval_"): value for name, value in averaged.items()}
         model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
