@@ -23,6 +23,7 @@ from transformers.training_args import ParallelMode
 
 from clm.order import ORDER_VERSION
 from clm.run_folder import EMA
+from clm.schedule_free import weights_to_save
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +57,10 @@ def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
     state = {"files": files, "trainer_state": trainer_state(trainer)}
     if trainer.ema is not None:
         state["ema"] = trainer.ema.state()
-    return state if trainer.is_fsdp_enabled else {**state, "model": trainer.model.state_dict()}
+    if not trainer.is_fsdp_enabled:
+        state["model"], more = weights_to_save(trainer.model, trainer.optimizer)
+        files |= more
+    return state
 
 
 def checkpoint_facts(trainer: ClmTrainer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from clm.card import write_card
 from clm.checkpoint import check_saved_weights, explain_failure, flush_files, flush_folder, trash
+from clm.schedule_free import evaluation_weights
 
 if TYPE_CHECKING:
     from clm.trainer import ClmTrainer
@@ -26,7 +27,8 @@ def write_final(trainer: ClmTrainer) -> Path:
     if trainer.ema is not None:
         with trainer.ema.in_place():
             _write_model(trainer, run / "final-ema", is_ema=True)
-    final = _write_model(trainer, run / "final")
+    with evaluation_weights(trainer.optimizer):
+        final = _write_model(trainer, run / "final")
     trainer.saver.clean_up(trainer.state.global_step, is_finished=True)
     trainer.accelerator.wait_for_everyone()
     return final

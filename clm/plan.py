@@ -22,9 +22,11 @@ from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_
 from clm.layout import lay_out, make_order, make_timeline
 from clm.model import check_model, check_samples, count_parameters, with_rope
 from clm.order import Order
+from clm.precision import choose_precision, has_gpu
 from clm.recipe import Recipe
 from clm.run_folder import list_checkpoints
 from clm.schedule import learning_rate_factor
+from clm.schedule_free import check_schedule_free
 from clm.speed import Speed, choose_speed
 from clm.spikes import check_policy
 from clm.timeline import Ranges, Stage, Timeline
@@ -123,13 +125,17 @@ class Plan:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Estimated size of the optimizer's state: two moments."""
-        return self.num_parameters * (2 if "8bit" in str(self.training.get("optim", "")) else 8)
+        """Estimated size of the optimizer's state: two moments, Lion's and Muon's one."""
+        optim = str(self.training.get("optim", ""))
+        moments = 1 if "lion" in optim or self.recipe.run.optimizer == "muon" else 2
+        bits = 8 if "8bit" in optim else 4 if "4bit" in optim else 32
+        return self.num_parameters * moments * bits // 8
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Estimated size of one checkpoint."""
-        return self.weights_bytes + self.optimizer_bytes
+        """Estimated size of one checkpoint; a schedule-free optimizer has two sets of weights."""
+        is_twofold = str(self.training.get("optim", "")).startswith("schedule_free")
+        return self.weights_bytes + self.optimizer_bytes + is_twofold * self.num_parameters * BYTES_PER_PARAMETER
 
     def learning_rate_factor(self) -> Callable[[int], float]:
         """The share of the peak learning rate that the step after k finished ones uses (clm/schedule.py)."""
@@ -173,12 +179,13 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     if splits and len(splits) == len(data.datasets) and all(data.mixture_of(stage) for stage in data.all_stages):
         stages = lay_out(recipe.data, splits, problems)
         _check_stages(recipe, training, stages, splits, num_processes)
-    precision, why_precision = _choose_precision(training, problems)
+    precision, why_precision = choose_precision(training, problems)
     check_policy(recipe, training, precision)
+    check_schedule_free(recipe, training)
     check_fsdp(recipe, training, num_processes)
     check_ema(recipe, training, [rows.name for rows in validation])
     block_size = max([item.block_size or data.block_size for item in data.all_stages])
-    speed = choose_speed(recipe, training, config, block_size, precision, _has_gpu(training))
+    speed = choose_speed(recipe, training, config, block_size, precision, has_gpu(training))
     problems.raise_if_any()
     timeline = make_timeline(stages)
     plan = Plan(
@@ -321,28 +328,3 @@ def _check_disk(plan: Plan) -> None:
             f"needs room for a checkpoint and final/ ({format_bytes(need)}) but {existing} has {format_bytes(free)} "
             "free. Free some, or set RUNS_DIR to another disk.",
         )
-
-
-def _has_gpu(training: dict[str, Any]) -> bool:
-    import torch
-
-    return torch.cuda.is_available() and not training.get("use_cpu", False)
-
-
-def _choose_precision(training: dict[str, Any], problems: Any) -> tuple[str, str]:
-    """bf16 where the GPU has it, else fp32; what the recipe says is obeyed or refused."""
-    import torch
-
-    if training.get("bf16") and training.get("fp16"):
-        problems.add("training.fp16", "is true together with training.bf16. Choose one; bf16 needs no loss scaling.")
-    if training.get("fp16"):
-        if not _has_gpu(training):
-            problems.add("training.fp16", "is true but there is no CUDA GPU. Remove it.")
-        return "fp16", "training.fp16 is true"
-    if training.get("bf16") is not None:
-        return ("bf16" if training["bf16"] else "fp32"), f"training.bf16 is {str(training['bf16']).lower()}"
-    if not _has_gpu(training):
-        return "fp32", "there is no CUDA GPU"
-    if torch.cuda.is_bf16_supported():
-        return "bf16", f"{torch.cuda.get_device_name()} has it; weights stay fp32"
-    return "fp32", f"{torch.cuda.get_device_name()} has no bf16"

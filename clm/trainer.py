@@ -26,6 +26,7 @@ from clm.metrics import JsonLines, Progress
 from clm.plan import Plan
 from clm.run_flow import PendingLoss, RunFlow
 from clm.saving import Saver
+from clm.schedule_free import evaluation_weights, load_training_weights
 from clm.show_evaluation import show_evaluation
 from clm.signals import shield_workers
 from clm.spikes import SpikeWatch
@@ -151,6 +152,7 @@ class ClmTrainer(FastSteps):
             load_weights(self, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_training_weights(self.model, Path(resume_from_checkpoint))
         if self.ema is not None:
             self.ema.load(Path(resume_from_checkpoint))
 
@@ -166,12 +168,19 @@ class ClmTrainer(FastSteps):
             factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
             scheduler._last_lr = [base * factor for base in scheduler.base_lrs]
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["lr"] = rate
+                if torch.is_tensor(group["lr"]):  # torchao's, which a compiled update reads
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Replaces stock evaluation, a mean over batches, by sums over tokens (clm/evaluate.py)."""
+        with evaluation_weights(self.optimizer):
+            return self._evaluate_now()
+
+    def _evaluate_now(self) -> dict[str, Any]:
         model = self.called_model
         was_training = model.training
         model.eval()
