@@ -155,6 +155,16 @@ def test_what_cannot_work_is_refused(train, overrides, text):
         train(*overrides)
 
 
+def test_muon_is_refused_where_matrices_are_not_whole(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(UserError, match="is muon but DeepSpeed makes the update"):
+            train(*MUON)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match="fsdp_offload_params keeps the weights on the CPU"):
+        train(*MUON)
+
+
 def test_the_card_and_the_record_name_muon(train):
     run = train(*MUON, "data.tokens=1024", "data.validation=[]")
     assert "Muon" in (run / "final" / "README.md").read_text()
