@@ -56,6 +56,7 @@ class ClmTrainer(FastSteps):
     ):
         self.plan = plan
         self.stage = stage
+        self._flops_per_token: int | None = None
         self.outcome = "finished"  # why training ended: finished, border (of a stage), stopped or rollback
         self.run_folder = plan.run_folder
         self.token_bytes = token_byte_lengths(plan.tokenizer)
@@ -131,8 +132,10 @@ class ClmTrainer(FastSteps):
         return [name for name, shape in shapes.items() if len(shape) >= 2]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x tokens as stock counts it, without its walk over all modules in every micro-step."""
-        return 6 * self.plan.num_parameters * inputs["input_ids"].numel()
+        """Stock's 6 x parameters without embeddings x tokens, without its walk over all modules in every micro-step."""
+        if self._flops_per_token is None:
+            self._flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+        return self._flops_per_token * inputs["input_ids"].numel()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
