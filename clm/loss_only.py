@@ -75,6 +75,8 @@ def install(model: PreTrainedModel, way: str, z_loss: float | None = None) -> No
     assert way in WAYS and model.config.model_type in MODEL_TYPES
     model.loss_only = way
     model.z_loss = z_loss or 0.0
+    # of the module that defines the class, which FSDP2 replaces by one of its own
+    model.balancing_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     model.forward = types.MethodType(_forward, model)
 
 
@@ -129,8 +131,7 @@ def _forward(
     loss, cross_entropy, z_loss = (None if each is None else each / num_items_in_batch for each in sums)
     aux_loss = None
     if output_router_logits:
-        balancing = sys.modules[type(self).__module__].load_balancing_loss_func
-        aux_loss = balancing(outputs.router_logits, self.num_experts, self.num_experts_per_tok, None)
+        aux_loss = self.balancing_loss(outputs.router_logits, self.num_experts, self.num_experts_per_tok, None)
     return TrainingLoss(loss=loss, aux_loss=aux_loss, cross_entropy=cross_entropy, z_loss=z_loss)
 
 

@@ -20,6 +20,7 @@ from data_prep.errors import UserError
 from .conftest import losses, quiet_config, read_metrics, recorded
 from .poison import BAD, excluded_blocks, on
 from .test_launch import BIN, ROOT, TORCHRUN, first_weights, launch
+from .test_speed import MIXTRAL
 
 FSDP2 = ROOT / "accelerate_configs" / "fsdp2.yaml"
 
@@ -183,6 +184,17 @@ def test_muon_under_fsdp_is_that_of_one_process_and_goes_on_in_other_layouts(tra
     back = before_the_end(one, "back")
     assert "continuing from" in fsdp(recipe, "back", *short).stdout, "and FSDP2 from what one process wrote"
     assert np.allclose(list(losses(back).values()), expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_muon_with_experts_under_fsdp_is_that_of_one_process(train, recipe, tmp_path):
+    config = tmp_path / "mixtral.json"  # no router loss: it depends on how the batch is cut
+    config.write_text(json.dumps({**MIXTRAL, "router_aux_loss_coef": 0.0}))
+    short = [f"model.config={config}", "data.tokens=2560", "data.validation=[]", "run.optimizer=muon"]
+    short += ["run.muon.learning_rate=0.01", "training.learning_rate=3e-3"]
+    one = train(*short, name="one")
+    fsdp(recipe, "two", *short)
+    assert np.allclose(list(losses(one.with_name("two")).values()), list(losses(one).values()), rtol=1e-3)
 
 
 @pytest.mark.slow
