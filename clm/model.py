@@ -222,7 +222,7 @@ def build_model(
     from transformers import AutoModelForCausalLM
 
     from clm.loss_only import install
-    from clm.mixed_precision import cast_residual_stream, use_autocast_experts
+    from clm.mixed_precision import cast_residual_stream, use_autocast_experts, use_fp8
 
     register_mask_free()
 
@@ -250,6 +250,8 @@ def build_model(
         generation.eos_token_id = config.eos_token_id
     if section.residual_dtype == "bf16":
         cast_residual_stream(model)
+    if section.fp8:
+        use_fp8(model)
     if is_fast:
         use_autocast_experts(model)
     if loss is not None:

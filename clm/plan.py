@@ -22,7 +22,7 @@ from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_
 from clm.layout import lay_out, make_order, make_timeline
 from clm.model import check_model, check_samples, count_parameters, with_rope
 from clm.order import Order
-from clm.precision import choose_precision, has_gpu
+from clm.precision import check_fp8, choose_precision, has_gpu
 from clm.recipe import Recipe
 from clm.run_folder import list_checkpoints
 from clm.schedule import learning_rate_factor
@@ -186,6 +186,8 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     check_ema(recipe, training, [rows.name for rows in validation])
     block_size = max([item.block_size or data.block_size for item in data.all_stages])
     speed = choose_speed(recipe, training, config, block_size, precision, has_gpu(training))
+    num_parameters = 0 if config is None else count_parameters(config)
+    check_fp8(recipe, training, num_parameters, precision, speed.compiled)
     problems.raise_if_any()
     timeline = make_timeline(stages)
     plan = Plan(
@@ -197,7 +199,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         order=make_order(timeline, splits, data_seed(training), recipe.data.shuffle),
         config=config,
         tokenizer=tokenizer,
-        num_parameters=0 if config is None else count_parameters(config),
+        num_parameters=num_parameters,
         num_processes=num_processes,
         precision=precision,
         precision_reason=why_precision,

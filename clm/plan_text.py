@@ -29,7 +29,8 @@ def describe_plan(plan: Plan) -> str:
         if plan.config is None
         else f"model        {plan.config.model_type}, {plan.num_parameters:,} parameters "
         f"({plan.num_parameters / 1e6:.2f} x 10^6, {plan.num_parameters / 2**20:.2f} x 2^20), {weights}",
-        f"precision    {plan.precision}: {plan.precision_reason}",
+        f"precision    {plan.precision}{', matrix products of the blocks in fp8' if plan.recipe.model.fp8 else ''}: "
+        f"{plan.precision_reason}",
         f"attention    {plan.attention}: {plan.speed.attention_reason}",
         *_speed(plan),
     ]

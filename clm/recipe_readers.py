@@ -55,6 +55,7 @@ def read_model(raw: dict, problems: Problems) -> ModelSection:
         attention=read_choice(raw, "model.attention", "auto", ATTENTION_CHOICES, problems),
         scaled_init=read_boolean(raw, "model.scaled_init", False, problems),
         residual_dtype=read_choice(raw, "model.residual_dtype", "fp32", ("fp32", "bf16"), problems),
+        fp8=read_boolean(raw, "model.fp8", False, problems),
         rope=read_mapping(raw, "model.rope", problems),
     )
     if section.init == "random" and not section.config:

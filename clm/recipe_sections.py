@@ -104,6 +104,7 @@ class ModelSection:
     attention: str = "auto"
     scaled_init: bool = False
     residual_dtype: str = "fp32"
+    fp8: bool = False
     rope: dict[str, Any] = field(default_factory=dict)
 
 

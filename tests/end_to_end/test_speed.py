@@ -197,6 +197,9 @@ def test_a_loss_that_cannot_be_is_refused(plan_lines):
     for overrides, text in (
         (["run.loss=chunked", "run.speed=stock"], "run.loss is chunked but run.speed is stock"),
         (["run.loss=chunked", "training.torch_compile=true"], "run.loss is chunked but torch.compile fuses it"),
+        (["model.fp8=true"], "model.fp8 is true but there is no CUDA GPU"),
+        (["model.fp8=true"], "model.fp8 is true but the model has 30,880 parameters: below 1,000,000,000"),
+        (["model.fp8=true", "data.document_mask=true"], "a micro-batch has one scale"),
         (["run.speed=quick"], "run.speed is 'quick', unknown"),
     ):
         with pytest.raises(UserError, match=text):
