@@ -55,6 +55,12 @@ def fill_from_files(model: PreTrainedModel, folder: str) -> None:
             fill(parameter, source(name, parameter.shape))
 
 
+def names_match(model: PreTrainedModel, folder: str) -> bool:
+    """Whether the files of a folder in Hub format name all parameters as the model does; of fused experts they name
+    each one."""
+    return _open_weights(folder, {name for name, _ in model.named_parameters()}) is not None
+
+
 def weights_of_folder(model: PreTrainedModel, folder: str) -> Source:
     """The parameters of a model from a folder in Hub format, one at a time."""
     names = {name for name, _ in model.named_parameters()}

@@ -20,6 +20,7 @@ from clm.ema import PREFIX as EMA_PREFIX
 from clm.ema import Ema
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fast_steps import FastSteps, make_collator
+from clm.first_weights import fill_from_files, names_match
 from clm.fsdp import gather_state, shard
 from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
 from clm.metrics import JsonLines, Progress
@@ -149,12 +150,15 @@ class ClmTrainer(FastSteps):
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py); and it has the
-        average of run.ema."""
+        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py). Stock leaves
+        out weights that the files name otherwise, without a word: a mixture's experts would begin anew. And what goes
+        with run.ema and schedule-free optimizers."""
         if is_ours(self, resume_from_checkpoint):
             load_weights(self, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not names_match(self.model, resume_from_checkpoint):
+                fill_from_files(self.model, resume_from_checkpoint)
         load_training_weights(self.model, Path(resume_from_checkpoint))
         if self.ema is not None:
             self.ema.load(Path(resume_from_checkpoint))

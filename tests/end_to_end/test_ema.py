@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config, read_metrics
 from .test_launch import TORCHRUN, launch
+from .test_speed import MIXTRAL
 
 EMA = ("run.ema={decay: 0.9}", "training.save_steps=1", "run.retention={last: 99}")
 
@@ -101,6 +102,21 @@ def test_a_killed_run_ends_with_the_average_of_an_uninterrupted_one_and_both_are
     (straight / "final-ema").rename(straight / "gone")
     done = run_cli(["-m", "clm", "export", "straight", "--ema"])
     assert done.code == 2 and "final-ema: does not exist" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_and_its_average_are_resumed_bit_by_bit(train, tmp_path):
+    config = tmp_path / "mixtral.json"  # whose experts are fused in memory and single in the files
+    config.write_text(json.dumps(MIXTRAL))
+    short = (f"model.config={config}", "data.tokens=5120", "run.ema={decay: 0.9}", "run.retention={last: 9}")
+    straight = train(*short, name="straight")
+    run = train(*short, name="killed")
+    for name in ("final", "final-ema", "checkpoint-10"):
+        (run / name).rename(run / f"gone-{name}")
+    train(*short, name="killed")
+    assert losses(run) == losses(straight)
+    for name in ("final", "final-ema"):
+        assert_equal(weights(run / name), weights(straight / name))
 
 
 @pytest.mark.slow
