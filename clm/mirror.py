@@ -1,8 +1,7 @@
 """`python -m clm mirror`: a copy of a run's folder in a place that outlives the machine, such as a bucket.
 
 In: a run's folder, and a folder, s3://..., gs://... or any other place that fsspec knows. Out: there, the run's records
-(recipe.yaml, metrics.jsonl ...), its complete checkpoints, its models of the end, and `mirror.json`, which lists what is
-whole:
+(recipe.yaml, metrics.jsonl ...), its complete checkpoints and models, and `mirror.json`, which lists what is whole:
 
     there/checkpoint-200/...   uploaded whole, then listed          mirror.json  {"folders": {"checkpoint-200": {...}}}
 
