@@ -125,9 +125,9 @@ class Plan:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Estimated size of the optimizer's state: two moments, Lion's and Muon's one."""
+        """Estimated size of the optimizer's state: two moments, Lion's one."""
         optim = str(self.training.get("optim", ""))
-        moments = 1 if "lion" in optim or self.recipe.run.optimizer == "muon" else 2
+        moments = 1 if "lion" in optim else 2
         bits = 8 if "8bit" in optim else 4 if "4bit" in optim else 32
         return self.num_parameters * moments * bits // 8
 
