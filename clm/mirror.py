@@ -1,7 +1,7 @@
 """`python -m clm mirror`: a copy of a run's folder in a place that outlives the machine, such as a bucket.
 
 In: a run's folder, and a folder, s3://..., gs://... or any other place that fsspec knows. Out: there, the run's records
-(recipe.yaml, metrics.jsonl ...), its complete checkpoints and final/, and `mirror.json`, which lists what is whole:
+(recipe.yaml, metrics.jsonl ...), its complete checkpoints and models, and `mirror.json`, which lists what is whole:
 
     there/checkpoint-200/...   uploaded whole, then listed          mirror.json  {"folders": {"checkpoint-200": {...}}}
 
@@ -29,7 +29,7 @@ from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
 
 LISTING = "mirror.json"
-FINAL = "final"
+FINAL, AVERAGE = "final", "final-ema"  # the second with run.ema; it is there before the first
 _NOT_COPIED = ("STOP", "SAVE")  # requests to a living run
 
 
@@ -113,7 +113,7 @@ class Mirror:
     def _complete(self) -> dict[str, Path]:
         """The complete folders of the run, by name."""
         found = [path for _, path in (*list_weights(self.run), *list_checkpoints(self.run))]
-        return {path.name: path for path in (*found, self.run / FINAL) if path.is_dir()}
+        return {path.name: path for path in (*found, self.run / AVERAGE, self.run / FINAL) if path.is_dir()}
 
     def _upload(self, path: Path, name: str) -> None:
         target = f"{self.root}/{name}"
@@ -185,8 +185,8 @@ def _newest(folders: Iterable[str]) -> int:
 
 
 def _step_of(name: str) -> int:
-    """The step of checkpoint-<step> or weights-<step>; final/ comes after all steps."""
-    return sys.maxsize if name == FINAL else int(name.rpartition("-")[2])
+    """The step of checkpoint-<step> or weights-<step>; the models of the end come after all steps, final/ last."""
+    return {FINAL: sys.maxsize, AVERAGE: sys.maxsize - 1}.get(name) or int(name.rpartition("-")[2])
 
 
 def _say(text: str) -> None:
