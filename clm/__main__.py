@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python -m clm explain demo --step 1200                      what did step 1200 train on? coloured by loss
   python -m clm explain demo --grep "import os"               at which steps was, or will, this text be seen?
   python -m clm verify recipes/demo.yaml                      is a killed and resumed run the uninterrupted one?
+  python -m clm tune recipes/llama_170m.yaml                  which micro-batch is fastest on this machine?
   python -m clm reload demo                                   does final/ give the training's validation loss again?
 
 RUN is a name under runs/ (or under $RUNS_DIR), or the path of a run's folder.
@@ -124,6 +125,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=_not_negative_integer, metavar="N", help="of the random moments; default: another each time"
     )
 
+    text = "find the fastest micro-batch for this machine at the recipe's global batch"
+    tune = verbs.add_parser("tune", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    tune.add_argument("recipe", metavar="RECIPE", help="a YAML file, e.g. recipes/demo.yaml; its data is prepared")
+    tune.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for run_clm.py")
+    tune.add_argument(
+        "--processes", type=_positive_integer, metavar="N", help="of the run; default: as many as there are GPUs"
+    )
+    tune.add_argument(
+        "--steps", type=_positive_integer, default=5, metavar="N", help="measured of each, at least; default: 5"
+    )
+    tune.add_argument("--write", action="store_true", help="put the value into the recipe; everything else stays")
+
     _add_run_verb(
         verbs, "reload", "load final/ afresh and compute the validation loss again; exit code 1 when it differs"
     )
@@ -172,6 +185,10 @@ def run_verb(args: argparse.Namespace) -> int:
         from clm.verify import verify_recipe
 
         return verify_recipe(args.recipe, args.overrides, args.kills, args.steps, args.processes, args.seed)
+    elif args.verb == "tune":
+        from clm.tune import tune_recipe
+
+        return tune_recipe(args.recipe, args.overrides, args.processes, args.steps, args.write)
     elif args.verb == "reload":
         from clm.reload import reload_run
 

@@ -11,7 +11,7 @@ def test_help_teaches_with_examples_and_imports_nothing_heavy(run_cli):
     assert run_cli(["-c", script]).stdout.strip() == "[]"
     done = run_cli(["-m", "clm", "--help"])
     assert done.code == 0 and "python -m clm sample demo --prompt" in done.stdout
-    for verb in ("check", "prep", "sample", "export", "push", "reload", "yardstick", "demo", "curve", "card"):
+    for verb in ("check", "prep", "sample", "export", "push", "tune", "reload", "yardstick", "demo", "curve", "card"):
         assert f"\n    {verb}" in done.stdout
 
 
