@@ -25,7 +25,7 @@ from clm.tune_recipe import check_writable, write_rows
 from clm.tune_search import SAME, Candidate, candidates, choose, search
 from data_prep.errors import UserError
 from data_prep.paths import runs_dir
-from data_prep.sizes import format_bytes
+from data_prep.sizes import format_bytes, format_count
 
 LOOK_AGAIN = 0.05  # what lies so near to the fastest, or has such a spread, is measured a second time
 
@@ -112,9 +112,9 @@ def _headline(path: str, plan: Plan, stage: Stage, num_steps: int) -> str:
     return (
         f"tune {path}: {stage.tokens_per_step:,} tokens per step on {plan.num_processes} {processes}, whatever the "
         f"micro-batch{which}\n"
-        f"{plan.num_parameters / 1e6:,.1f} M parameters, {plan.precision}, attention {plan.attention}, loss "
-        f"{speed.loss or 'of the model'}, {'' if speed.compiled else 'not '}compiled; {num_steps} steps or more of "
-        f"each, after {WARM_UP} to warm up"
+        f"{format_count(plan.num_parameters)} parameters, {plan.precision}, attention {plan.attention}, loss "
+        f"{speed.loss or 'of the model'}, {'' if speed.compiled else 'not '}compiled; measured steps of "
+        f"each: {num_steps} or more, after {WARM_UP} to warm up"
     )
 
 
