@@ -6,7 +6,7 @@ In: a `Shape`. Out: `Way`s of the parts optimizer and input, and the step itself
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,17 @@ def make_model(shape: Shape) -> Any:
     return model.to(shape.device).train()
 
 
-def whole_step(shape: Shape, model: Any) -> Way:
-    """Forward, backward, clipping and fused AdamW of one micro-batch that is on the device already."""
+def whole_step(shape: Shape, model: Any, dataset: Path) -> Way:
+    """Reading, forward, backward, clipping and fused AdamW of one micro-batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(shape.config.vocab_size, (shape.rows, shape.block_size), device=shape.device)
+    read = our_batches(shape, dataset)
     called = shape.compile(model) if shape.is_compiled else model
     is_cast = shape.dtype != torch.float32
 
     def run() -> None:
+        batch = to_device(read(), shape)
         with torch.autocast(shape.device.type, shape.dtype, enabled=is_cast):
-            loss = called(input_ids=ids, shift_labels=ids).loss
+            loss = called(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -105,6 +106,30 @@ def casts(shape: Shape, model: Any) -> Iterator[Way]:
     yield Way("cast", "weights to bf16, gradients to fp32", run, is_used=True)
 
 
+def our_batches(shape: Shape, dataset: Path) -> Callable[[], dict[str, Any]]:
+    """A function that reads the next micro-batch as a run does."""
+    blocks = Blocks(dataset, "train")
+    order = Order([OrderSource(blocks.num_blocks)], [OrderStage(None, (Fraction(1),))], 1)
+    samples = shape.num_tokens // blocks.block_size
+    train = TrainBlocks([blocks], order, shape.block_size, 2**40)
+    position = 0
+
+    def read() -> dict[str, Any]:
+        nonlocal position
+        batch = collate(train.__getitems__(list(range(position, position + samples))), with_labels=False)
+        position += samples
+        return batch
+
+    return read
+
+
+def to_device(batch: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """From pinned memory, without waiting."""
+    if shape.device.type == "cpu":
+        return batch
+    return {name: tensor.pin_memory().to(shape.device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def inputs(shape: Shape, dataset: Path) -> Iterator[Way]:
     """A micro-batch from the disk: ours, and transformers' collation of Python lists that lie in memory already.
 
@@ -112,18 +137,8 @@ def inputs(shape: Shape, dataset: Path) -> Iterator[Way]:
     """
     from transformers import default_data_collator
 
-    blocks = Blocks(dataset, "train")
-    order = Order([OrderSource(blocks.num_blocks)], [OrderStage(None, (Fraction(1),))], 1)
+    blocks, ours = Blocks(dataset, "train"), our_batches(shape, dataset)
     samples = shape.num_tokens // blocks.block_size
-    train = TrainBlocks([blocks], order, shape.block_size, 2**40)
-    position = 0
-
-    def ours() -> dict[str, Any]:
-        nonlocal position
-        batch = collate(train.__getitems__(list(range(position, position + samples))), with_labels=False)
-        position += samples
-        return batch
-
     rows = blocks.read(np.arange(samples) % blocks.num_blocks)[:, :-1].reshape(-1, shape.block_size).tolist()
     listed = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": list(row)} for row in rows]
     is_in_step = shape.device.type == "cpu"
@@ -131,9 +146,4 @@ def inputs(shape: Shape, dataset: Path) -> Iterator[Way]:
     yield Way("input", "stock: collation of Python lists", lambda: default_data_collator(listed))
     if not is_in_step:
         batch = ours()
-
-        def copy() -> None:
-            for tensor in batch.values():
-                tensor.pin_memory().to(shape.device, non_blocking=True)
-
-        yield Way("input", "pin and copy to the GPU", copy)
+        yield Way("input", "pin and copy to the GPU", lambda: to_device(batch, shape))
