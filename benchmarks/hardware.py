@@ -1,11 +1,15 @@
 """What the machine itself can do: the limits that benchmarks are compared with, and how a piece of work is timed.
 
+    python -m benchmarks.hardware cpu | cuda        one JSON line
+
 In: a device. Out: its name, TFLOP/s of a large matrix product, GB/s of a large copy, versions; milliseconds of a call.
 """
 
 from __future__ import annotations
 
+import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,11 +48,22 @@ def times_for(work: Callable[[], Any], device: torch.device, seconds: float) -> 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Name and versions, for the records."""
-    found = {"device": f"{_processor()}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    threads = torch.get_num_threads()
+    found = {
+        "device": f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}",
+        "torch": torch.__version__,
+    }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return found
+
+
+def limits(device: torch.device) -> dict[str, Any]:
+    """`describe`, and the two limits in the precision that models are trained in there."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    measured = {"matmul_tflops": round(matmul_tflops(device, dtype), 3)}
+    return {**describe(device), **measured, "copy_gb_per_s": round(copy_gb_per_s(device), 1)}
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -83,3 +98,7 @@ def _processor() -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    print(json.dumps(limits(torch.device(sys.argv[1]))))

@@ -56,11 +56,7 @@ def main() -> None:
         parser.error("there is no GPU: add --cpu")
     device = torch.device("cpu" if arguments.cpu else "cuda")
     dtype = torch.float32 if arguments.cpu else torch.bfloat16
-    limits = {
-        **hardware.describe(device),
-        "matmul_tflops": round(hardware.matmul_tflops(device, dtype), 3),
-        "copy_gb_per_s": round(hardware.copy_gb_per_s(device), 1),
-    }
+    limits = hardware.limits(device)
     print(json.dumps(limits), flush=True)
     is_compiled = (not arguments.cpu) if arguments.compiled is None else arguments.compiled
     for model in arguments.models or (CPU_MODELS if arguments.cpu else GPU_MODELS):
