@@ -73,7 +73,7 @@ def run_ours(settings: Settings, turns: Turns) -> None:
     import yaml
 
     from clm.launch import make_arguments
-    from clm.model import build_model
+    from clm.model import build_planned_model
     from clm.plan import make_plan
     from clm.recipe import load_recipe
     from clm.signals import Requests
@@ -114,16 +114,7 @@ def run_ours(settings: Settings, turns: Turns) -> None:
     plan.run_folder.mkdir(parents=True)
     model = NullModel()
     if not settings.is_null:
-        model = build_model(
-            plan.recipe.model,
-            plan.config,
-            plan.tokenizer,
-            plan.attention,
-            plan.seed,
-            None,
-            plan.speed.loss,
-            plan.speed.is_fast,
-        )
+        model = build_planned_model(plan, stage)
     with Requests(plan.run_folder, 0) as requests:
         trainer = ClmTrainer(plan, stage, model, args)
         requests.follow(trainer)

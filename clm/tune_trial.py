@@ -30,7 +30,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 
 from clm.launch import make_arguments
-from clm.model import build_model
+from clm.model import build_planned_model
 from clm.plan import make_plan
 from clm.recipe import load_recipe
 from clm.trainer import ClmTrainer
@@ -159,8 +159,7 @@ def measure(recipe_path: str, steps: int, warm_up: int) -> dict[str, Any]:
     if args.device.type == "cpu":
         limit_memory()
     plan.run_folder.mkdir(parents=True, exist_ok=True)
-    first = (plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
-    trainer = ClmTrainer(plan, stage, build_model(*first, plan.speed.loss, plan.speed.is_fast), args)
+    trainer = ClmTrainer(plan, stage, build_planned_model(plan, stage), args)
     trainer.spikes.start(None)
     trainer.progress.show = False
     stopwatch = Stopwatch(args.device, steps, warm_up)
