@@ -138,11 +138,12 @@ def attentions(shape: Shape) -> Iterator[Way]:
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    gradient = torch.randn_like(causal(q, k, v))
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 
         def run(backend: SDPBackend = backend) -> Any:
             with sdpa_kernel(backend):
-                return torch.autograd.grad(causal(q, k, v), (q, k, v), torch.ones_like(q.transpose(1, 2)))
+                return torch.autograd.grad(causal(q, k, v), (q, k, v), gradient)
 
         yield Way("attention", f"no mask, {backend.name.lower()}", run, count, flops)
     yield _flex(shape, q, k, v, flops, count)
@@ -211,7 +212,11 @@ def losses(shape: Shape) -> Iterator[Way]:
         yield way("stock, compiled", shape.compile(stock))
         yield way("whole, compiled", shape.compile(whole), True)
     if hasattr(F, "linear_cross_entropy"):
-        yield way("torch's linear_cross_entropy", lambda h: F.linear_cross_entropy(h, weight, targets, reduction="sum"))
+
+        def torchs(hidden: torch.Tensor) -> torch.Tensor:
+            return F.linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, reduction="sum")
+
+        yield way("torch's linear_cross_entropy", torchs)
     else:
         yield Way("loss", "torch's linear_cross_entropy", None, why_not=f"torch {torch.__version__} has none")
     if importlib.util.find_spec("liger_kernel") is None or shape.device.type != "cuda":

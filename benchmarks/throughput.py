@@ -123,6 +123,7 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
     tokens, records = rows * block_size * arguments.accumulation * arguments.steps, []
     left_out = {shown: why for shown in arguments.variants if (why := why_not(shown)) is not None}
     examined: dict[str, dict[str, Any]] = {}
+    flops: dict[str, int] = {}
 
     def note(record: dict[str, Any]) -> None:
         records.append(record)
@@ -134,6 +135,7 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
             variant = stack.enter_context(start([settings_of(shown, model, arguments)], arguments.warm_up))[0]
             answer = variant.make_steps(EXAMINED[variant.settings.device.type], "examine")
             examined[shown] = {k: v for k, v in answer.items() if k in ("syncs_per_step", "attention_kernels")}
+            flops.setdefault(shown, flops_of(variant.settings))
             return variant
         except RuntimeError as error:  # it has ended; memory, as a rule
             left_out[shown] = str(error).strip().splitlines()[-1][:200]
@@ -144,7 +146,7 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
             variant.make_steps(1)  # takes the memory back that others had meanwhile
         answer = variant.make_steps(arguments.steps)
         rate = tokens / answer["time_s"]
-        flops_per_s = rate * flops_of(variant.settings)
+        flops_per_s = rate * flops[shown]
         compile_s = variant.first["time_s"] - arguments.warm_up * answer["time_s"] / arguments.steps
         more = {"mfu": round(flops_per_s / peak, 4)} if peak else {}
         note(
@@ -170,8 +172,11 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
             for shown in (each for each in wanted if each not in left_out):
                 with ExitStack() as alone:
                     variant = begin(shown, alone) if arguments.separate else living[shown]
-                    if variant is not None:
-                        repeat_once(shown, variant, repeat)
+                    try:
+                        if variant is not None:
+                            repeat_once(shown, variant, repeat)
+                    except RuntimeError as error:
+                        left_out[shown] = str(error).strip().splitlines()[-1][:200]
     for shown, why in left_out.items():
         note({"variant": shown, **about, "skipped": why})
     return records

@@ -155,6 +155,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; overrides may stand behind options, as for run_clm.py, which argparse's verbs do not know."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def run_verb(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
     if args.verb == "sample":
@@ -244,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
             from clm.prepare import main as prepare
 
             return prepare(argv[1:]) or 0
-        return run_verb(build_parser().parse_args(argv))
+        return run_verb(parse_arguments(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from clm.fork_server import ForkServer
 from clm.plan import Plan, make_plan
 from clm.recipe import load_recipe
 from clm.speed import is_engine_used
@@ -73,20 +72,19 @@ def tune_recipe(
         ) from None
     tried: list[Candidate] = []
     try:
-        with ForkServer() as server:
-            lab = Lab(server, folder, plan, stage, num_steps)
+        lab = Lab(folder, plan, stage, num_steps)
 
-            def measure(candidate: Candidate) -> None:
-                if candidate not in tried:
-                    tried.append(candidate)
-                lab.measure(candidate)
+        def measure(candidate: Candidate) -> None:
+            if candidate not in tried:
+                tried.append(candidate)
+            lab.measure(candidate)
 
-            search(found, found.index(now), measure)
-            limit = min(each.step_s for each in tried) * (1 + LOOK_AGAIN)
-            unclear = (c for c in reversed(tried) if c.step_s <= limit or c.spread > LOOK_AGAIN or c is now)
-            again = [each for each in unclear if each.steps]
-            for each in again if len(again) > 1 else ():
-                measure(each)
+        search(found, found.index(now), measure)
+        limit = min(each.step_s for each in tried) * (1 + LOOK_AGAIN)
+        unclear = (c for c in reversed(tried) if c.step_s <= limit or c.spread > LOOK_AGAIN or c is now)
+        again = [each for each in unclear if each.steps]
+        for each in again if len(again) > 1 else ():
+            measure(each)
     except KeyboardInterrupt:
         print(_tabulate(tried, now, plan, stage))
         raise

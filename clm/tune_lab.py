@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +21,15 @@ from typing import Any
 
 import yaml
 
-from clm.fork_server import ROOT, ForkServer
 from clm.plan import Plan
 from clm.timeline import Stage
 from clm.tune_search import Candidate
 from data_prep.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 FEW = 4  # micro-batches of a measured step, where the real one has more
 WARM_UP = 2  # steps that compile, and take the memory that later ones find
+LAST_LINES = 12  # of a trial that failed
 LOOK_S = 0.1  # between two looks at a trial
 # Of a training section: what says when something is written or how the rate runs, which is no matter of speed.
 _LEFT_OUT = ("hub_", "push_to_hub", "warmup_", "lr_scheduler_", "eval_", "save_", "logging_", "report_to")
@@ -36,15 +39,14 @@ class Lab:
     """Starts trials.
 
     Args:
-        server: forks them.
         folder: for their recipes, logs and run folders.
         plan: the real run's.
         stage: the one that is tried.
         num_steps: measured ones, at least.
     """
 
-    def __init__(self, server: ForkServer, folder: Path, plan: Plan, stage: Stage, num_steps: int):
-        self.server, self.folder, self.plan, self.stage = server, folder, plan, stage
+    def __init__(self, folder: Path, plan: Plan, stage: Stage, num_steps: int):
+        self.folder, self.plan, self.stage = folder, plan, stage
         self.num_steps, self.num_started = num_steps, 0
         self.device = ""  # its name, after the first trial
         self.device_bytes: int | None = None  # memory of a GPU
@@ -60,16 +62,8 @@ class Lab:
         text = yaml.safe_dump(trial_recipe(self.plan, self.stage, candidate, self.num_steps), sort_keys=False)
         recipe.write_text(text, encoding="utf-8")
         order = json.dumps({"recipe": str(recipe), "steps": self.num_steps, "warm_up": WARM_UP})
-        log = self.folder / f"trial-{self.num_started}.txt"
-        program = [ROOT / "clm" / "tune_trial.py", order]
-        trial = self.server.start(program, log, {"RUNS_DIR": str(self.folder / "runs")})
-        with _progress_line() as show:
-            while trial.poll() is None:
-                said = last_line(trial.output)
-                step = f"step {said['step']} of {said['of']}" if "step" in said else "starts"
-                show(f"  micro-batch of {candidate.rows} rows: {step}")
-                time.sleep(LOOK_S)
-        said = last_line(trial.output)
+        output, code = self._run(order, f"micro-batch of {candidate.rows} rows")
+        said = last_line(output)
         if "done" in said:
             done = said["done"]
             for step in done["steps"]:
@@ -78,12 +72,45 @@ class Lab:
             self.device, self.device_bytes = done["device"], done.get("device_bytes")
         elif "error" in said:
             raise UserError(said["error"])
-        elif "out_of_memory" in said or trial.returncode == -signal.SIGKILL or "bad_alloc" in trial.output:
+        elif "out_of_memory" in said or code == -signal.SIGKILL or "bad_alloc" in output:
             candidate.is_out_of_memory = not candidate.steps
         else:
-            last = (trial.output.strip().splitlines() or ["nothing"])[-1]
+            end = "\n".join(output.strip().splitlines()[-LAST_LINES:])
             path = self.plan.recipe.path
-            raise UserError(f"{path}: the trial of {candidate.rows} rows ended with {trial.returncode}: {last}")
+            raise UserError(
+                f"{path}: the trial of {candidate.rows} rows ended with code {code}. What it said last:\n{end}"
+            )
+
+    def _run(self, order: str, what: str) -> tuple[str, int]:
+        """Run one to its end, showing how far it is; what it said and its exit code.
+
+        A new process, not a copy of one that has everything imported: CUDA does not survive a fork.
+        """
+        log = self.folder / f"trial-{self.num_started}.txt"
+        path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+        with open(log, "wb") as file, _progress_line() as show:
+            trial = subprocess.Popen(
+                [sys.executable, "-m", "clm.tune_trial", order],
+                env={**os.environ, "RUNS_DIR": str(self.folder / "runs"), "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us
+            )
+            try:
+                while trial.poll() is None:
+                    said = last_line(_read(log))
+                    show(f"  {what}: step {said['step']} of {said['of']}" if "step" in said else f"  {what}: starts")
+                    time.sleep(LOOK_S)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # it, and what it has started
+                    os.killpg(trial.pid, signal.SIGKILL)
+                code = trial.wait()
+        return _read(log), code
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def trial_recipe(plan: Plan, stage: Stage, candidate: Candidate, num_steps: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One micro-batch tried: a process that trains a few steps of a recipe and says what they took, or that memory is out.
 
-    python clm/tune_trial.py '{"recipe": "trial.yaml", "steps": 5, "warm_up": 2}'       started by clm/tune_lab.py
+    python -m clm.tune_trial '{"recipe": "trial.yaml", "steps": 5, "warm_up": 2}'       started by clm/tune_lab.py
 
 In: a recipe whose global batch is a few micro-batches of the real one (clm/tune_lab.py writes it). Out: JSON lines, the
 last of them `done`, `out_of_memory` or `error`. It is run_clm.py's own trainer on the recipe's own data; only that
@@ -17,10 +17,12 @@ On a GPU these are times of its own clock, and nothing waits for it within the m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from typing import Any
@@ -179,6 +181,8 @@ def measure(recipe_path: str, steps: int, warm_up: int) -> dict[str, Any]:
 
 def main() -> None:
     order = json.loads(sys.argv[1])
+    with contextlib.suppress(AttributeError, OSError):  # other systems have no prctl
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG: not to live on without clm/tune.py
     try:
         say(done=measure(order["recipe"], order["steps"], order["warm_up"]))
         os._exit(0)  # taking everything down takes as long as some steps
