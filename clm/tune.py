@@ -85,8 +85,9 @@ def tune_recipe(
         again = [each for each in unclear if each.steps]
         for each in again if len(again) > 1 else ():
             measure(each)
-    except KeyboardInterrupt:
-        print(_tabulate(tried, now, plan, stage))
+    except BaseException:  # Ctrl-C, or a trial that failed: what is measured is shown
+        if any(each.steps for each in tried):
+            print(_tabulate(tried, now, plan, stage))
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +98,10 @@ def tune_recipe(
             f"{path}: a micro-batch of {found[0].rows} rows, the smallest, does not fit. Set "
             "training.gradient_checkpointing: true, or take a smaller model or data.block_size."
         )
-    print(f"measured on: {lab.device}\n\ntraining.per_device_train_batch_size: {best.rows}\n\n{_compare(best, now)}")
+    memory = f", {format_bytes(lab.device_bytes)}" if lab.device_bytes else ""
+    print(
+        f"measured on: {lab.device}{memory}\n\ntraining.per_device_train_batch_size: {best.rows}\n\n{_compare(best, now)}"
+    )
     if write and best is not now:
         write_rows(path, best.rows)
         print(f"{path}: changed, nothing else in it. Comments that write the product out may be old now.")

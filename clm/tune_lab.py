@@ -164,7 +164,6 @@ def last_line(output: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _progress_line() -> Iterator[Callable[[str], None]]:
     """A line on the terminal that is written over and taken away; nothing where there is no terminal."""
-
     shown = ""
 
     def show(text: str) -> None:

@@ -3,7 +3,7 @@
 In: a plan, and a function that measures one. Out: `Candidate`s with times.
 
     global batch 48 blocks, 1 process, present 8:  1 2 3 4 6 8 12 16 24 48
-    8, 16, 24: up while it gains; 48 runs out of memory; 6 and 4 only if nothing above 8 was faster
+    8, 12, 16, 24: up while it gains; 48 runs out of memory; 6 and 4 only if nothing above 8 was faster
 """
 
 from __future__ import annotations

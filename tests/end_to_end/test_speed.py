@@ -175,7 +175,7 @@ def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, re
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_after_the_first_step_no_evaluation_makes_the_training_step_compile_again(train, recipe, monkeypatch):
-    """Rows of evaluation and of training differ, so there are two graphs; going from one to the other makes no third."""
+    """Evaluation has other rows than training, so there are two graphs; going to and fro makes no third."""
     from torch._dynamo.utils import counters
 
     from clm.trainer import ClmTrainer
