@@ -99,9 +99,8 @@ def tune_recipe(
             "training.gradient_checkpointing: true, or take a smaller model or data.block_size."
         )
     memory = f", {format_bytes(lab.device_bytes)}" if lab.device_bytes else ""
-    print(
-        f"measured on: {lab.device}{memory}\n\ntraining.per_device_train_batch_size: {best.rows}\n\n{_compare(best, now)}"
-    )
+    print(f"measured on: {lab.device}{memory}\n\ntraining.per_device_train_batch_size: {best.rows}\n")
+    print(_compare(best, now))
     if write and best is not now:
         write_rows(path, best.rows)
         print(f"{path}: changed, nothing else in it. Comments that write the product out may be old now.")
@@ -136,7 +135,7 @@ def _tabulate(tried: list[Candidate], now: Candidate, plan: Plan, stage: Stage) 
 
 def _compare(best: Candidate, now: Candidate) -> str:
     if best is now:
-        return f"It is the recipe's own: none of the others is more than {SAME:.0%} faster."
+        return f"It is the recipe's own: nothing is faster by more than {SAME:.0%} and the spread of steps."
     if not now.steps:
         return f"The recipe's {now.rows} does not fit."
     return f"{now.step_s / best.step_s - 1:.1%} faster than the recipe's {now.rows}."

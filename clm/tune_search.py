@@ -91,7 +91,12 @@ def search(found: list[Candidate], start: int, measure: Callable[[Candidate], No
 
 
 def choose(tried: list[Candidate], now: Candidate) -> Candidate | None:
-    """The present one where nothing is faster, else the smallest that is as fast as the fastest; None: nothing fits."""
-    limit = min((c.step_s for c in tried), default=math.inf) * (1 + SAME)
-    as_fast = [c for c in tried if c.steps and c.step_s <= limit]
-    return now if now in as_fast else min(as_fast, key=lambda c: c.samples, default=None)
+    """The present one where nothing is faster by more than steps differ among themselves, else the smallest that is as
+    fast as the fastest; None: nothing fits."""
+    fitting = [c for c in tried if c.steps]
+    if not fitting:
+        return None
+    fastest = min(fitting, key=lambda c: c.step_s)
+    if now.step_s <= fastest.step_s * (1 + max(SAME, now.spread, fastest.spread)):
+        return now
+    return min((c for c in fitting if c.step_s <= fastest.step_s * (1 + SAME)), key=lambda c: c.samples)

@@ -104,6 +104,13 @@ def test_the_search_goes_up_until_it_gains_nothing_and_takes_the_fastest(seconds
     assert (best and best.samples) == taken
 
 
+def test_what_lies_within_the_spread_of_the_steps_is_no_reason_to_change():
+    now, other = Candidate(1, 1, 4, steps=[9, 10, 11, 12]), Candidate(2, 2, 2, steps=[9.8, 9.9, 10, 10.1])
+    assert now.step_s > 1.05 * other.step_s and choose([now, other], now) is now
+    now.steps = [10.4, 10.5, 10.5, 10.6]
+    assert choose([now, other], now) is other
+
+
 def test_a_trial_is_the_recipe_with_a_smaller_global_batch_and_nothing_written(recipe):
     plan = plan_of(recipe(), "training.gradient_checkpointing=true", "training.save_steps=7", "run.optimizer=muon")
     stage = plan.timeline.stages[0]
@@ -155,7 +162,7 @@ def test_mistakes_are_one_message(recipe, capsys):
 def test_make_tune_finds_a_micro_batch_and_changes_one_value(recipe, run_cli, tmp_path):
     path = recipe(512)
     before = path.read_text()
-    result = run_cli(["-m", "clm", "tune", path, "--steps", "3", "--write"], env={"OMP_NUM_THREADS": "1"})
+    result = run_cli(["-m", "clm", "tune", path, "--steps", "2", "--write"], env={"OMP_NUM_THREADS": "1"})
     assert result.code == 0, result.stderr
     assert "512 tokens per step on 1 process" in result.stdout
     table = {int(r): int(n) for r, n in re.findall(r"^ +(\d+) +(\d+) +[\d,]+ +± [\d.]+% ", result.stdout, re.MULTILINE)}
