@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it is started
 from benchmarks.interleave import Variant, start
 from benchmarks.training_data import dataset_of
 from benchmarks.turns import EXAMINED
-from benchmarks.variants import Settings, flops_of
+from benchmarks.variants import LOGGING_STEPS, Settings, flops_of
 from clm.meter import peak_flops
 from data_prep.paths import cache_dir
 
@@ -108,7 +108,10 @@ def settings_of(shown: str, model: str, arguments: argparse.Namespace) -> Settin
         rows=rows,
         accumulation=arguments.accumulation,
         # of a repetition one more, which is not timed
-        num_steps=arguments.warm_up + max(EXAMINED.values()) + (arguments.steps + 1) * (arguments.repeats + 1),
+        num_steps=arguments.warm_up
+        + LOGGING_STEPS
+        + max(EXAMINED.values())
+        + (arguments.steps + 1) * (arguments.repeats + 1),
         bf16=not arguments.cpu,
         use_cpu=arguments.cpu,
         evaluates=arguments.evaluation,
@@ -133,7 +136,10 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
         """The variant after its warm-up; None, and noted as left out, where it cannot be."""
         try:
             variant = stack.enter_context(start([settings_of(shown, model, arguments)], arguments.warm_up))[0]
-            answer = variant.make_steps(EXAMINED[variant.settings.device.type], "examine")
+            examined_steps = EXAMINED[variant.settings.device.type]
+            if arguments.warm_up % LOGGING_STEPS + examined_steps >= LOGGING_STEPS:  # past the next log point
+                variant.make_steps(LOGGING_STEPS - arguments.warm_up % LOGGING_STEPS)
+            answer = variant.make_steps(examined_steps, "examine")
             examined[shown] = {k: v for k, v in answer.items() if k in ("syncs_per_step", "attention_kernels")}
             flops.setdefault(shown, flops_of(variant.settings))
             return variant

@@ -31,6 +31,8 @@ import torch
 
 from benchmarks.turns import Turns, trainer_turns
 
+LOGGING_STEPS = 10  # a usual number
+
 
 @dataclasses.dataclass
 class Settings:
@@ -142,8 +144,8 @@ def flops_of(settings: Settings) -> int:
 
 
 def logging_steps(settings: Settings) -> int:
-    """Each step where losses are compared, else a usual number."""
-    return 1 if settings.logs_losses else 10
+    """Each step where losses are compared."""
+    return 1 if settings.logs_losses else LOGGING_STEPS
 
 
 class NullModel(torch.nn.Module):
