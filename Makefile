@@ -27,7 +27,7 @@ LAUNCH_ARGS =
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo datasets prep inspect stat check train extend anneal sample explain verify export push lint test test-slow testable supported-python
+.PHONY: help install demo datasets prep inspect stat check train extend anneal sample explain verify tune export push lint test test-slow testable supported-python
 
 PY := .venv/bin/python
 
@@ -113,6 +113,9 @@ explain: need-RUN $(if $(value STEP)$(value BLOCK)$(value GREP)$(value TOKEN),,n
 
 verify: need-RECIPE $(INSTALLED) ## Is a killed and resumed run the uninterrupted one? With a certificate: RECIPE=recipes/demo.yaml
 	@$(PY) -m clm verify "$(RECIPE)" $(ARGS)
+
+tune: need-RECIPE $(INSTALLED) ## Find the fastest micro-batch for this machine, at the same global batch: RECIPE=recipes/llama_170m.yaml
+	@$(PY) -m clm tune "$(RECIPE)" $(ARGS)
 
 export: need-RUN $(INSTALLED) ## Write the model with or without its head: RUN=demo ARGS="--what base"
 	$(PY) -m clm export "$(RUN)" $(ARGS)

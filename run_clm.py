@@ -151,7 +151,7 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     from clm.fsdp import is_fsdp
     from clm.launch import agree, make_arguments, pick_checkpoint
     from clm.metrics import cut_back_run
-    from clm.model import build_model
+    from clm.model import build_planned_model
     from clm.same_weights import check_first_weights
     from clm.trainer import ClmTrainer
 
@@ -165,8 +165,7 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     # b. The stage's batch, and the model with its first weights; those of a checkpoint replace them.
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
-    first = (plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
-    model = build_model(*first, plan.speed.loss, plan.speed.is_fast, is_fsdp(), plan.recipe.run.z_loss)
+    model = build_planned_model(plan, stage, is_fsdp())
 
     # c. The HF Trainer.
     trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))

@@ -55,6 +55,7 @@ class Gpt(nn.Module):
 def make_gpt(config_path: str, block_size: int) -> Gpt:
     """A Gpt with as many parameters in its blocks as the Llama config, to 1 % at the sizes of model_configs/."""
     config = json.loads(Path(config_path).read_text(encoding="utf-8"))
+    assert "num_local_experts" not in config, "a plain GPT has no experts"
     width, heads = config["hidden_size"], config["num_attention_heads"]
     key_values = config["num_key_value_heads"] * (config.get("head_dim") or width // heads)
     per_layer = 2 * width * width + 2 * width * key_values + 3 * width * config["intermediate_size"]

@@ -32,14 +32,16 @@ class Variant:
             text=True,
         )
 
-    def make_steps(self, num_steps: int) -> dict[str, Any]:
+    def make_steps(self, num_steps: int, how: str = "") -> dict[str, Any]:
         """Have it make steps; returns its answer.
 
+        Args:
+            how: examine or evaluate (benchmarks/turns.py).
         Raises:
             RuntimeError: the process has ended; with the end of what it said.
         """
         try:
-            print(num_steps, file=self.process.stdin, flush=True)
+            print(num_steps, how, file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""

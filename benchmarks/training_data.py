@@ -14,15 +14,16 @@ from data_prep.paths import cache_dir
 NUM_BYTES = 2_000_000
 
 
-def dataset_of(vocab_size: int, block_size: int) -> Path:
-    """The folder of the dataset, prepared at the first call on this machine."""
-    folder = cache_dir() / "benchmarks" / f"letters-{vocab_size}-{block_size}"
+def dataset_of(vocab_size: int, block_size: int, has_validation: bool = False) -> Path:
+    """The folder of the dataset, prepared at the first call on this machine; on request with a tenth for validation."""
+    named = f"letters-{vocab_size}-{block_size}{'-validation' if has_validation else ''}"
+    folder = cache_dir() / "benchmarks" / named
     if not (folder / "manifest.json").is_file():
-        _prepare(folder, vocab_size, block_size)
+        _prepare(folder, vocab_size, block_size, has_validation)
     return folder
 
 
-def _prepare(folder: Path, vocab_size: int, block_size: int) -> None:
+def _prepare(folder: Path, vocab_size: int, block_size: int, has_validation: bool) -> None:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +45,13 @@ def _prepare(folder: Path, vocab_size: int, block_size: int) -> None:
     random = np.random.default_rng(0)
     text = bytes(random.integers(97, 123, NUM_BYTES, dtype=np.uint8)).decode()
     lines = [text[i : i + 60] for i in range(0, len(text), 60)]
-    (beside / "letters.txt").write_text("\n".join(lines), encoding="utf-8")
-    options = ["--tokenizer", beside / "tokenizer", "--block-size", block_size, "--val-fraction", 0, "--num-proc", 1]
-    code = data_prep(["prep", str(beside / "letters.txt"), *map(str, options), "--out", str(folder)])
+    source, fraction = beside / "text", 0.1 if has_validation else 0  # of documents, which are files
+    source.mkdir(exist_ok=True)
+    num_files = 50 if has_validation else 1
+    for number in range(num_files):
+        text = "\n".join(lines[number::num_files])
+        (source / f"letters-{number}.txt").write_text(text, encoding="utf-8")
+    options = ["--tokenizer", beside / "tokenizer", "--block-size", block_size]
+    options += ["--val-fraction", fraction, "--num-proc", 1]
+    code = data_prep(["prep", str(source), *map(str, options), "--out", str(folder)])
     assert code == 0

@@ -2,13 +2,14 @@
 
     python -m benchmarks.variants '{"variant": "ours", ...}'
 
-In: `Settings` as JSON, then a number of steps per line on stdin. Out: a JSON line per number: seconds, losses.
+In: `Settings` as JSON, then orders on stdin (benchmarks/turns.py): numbers of steps. Out: a JSON line per order.
 
     ours            run_clm.py's trainer: `run.speed: fast`, with the watch for spikes and signal handling on
     bare            the same HF model in a hand-written loop, with every trick that ours has
     stock           transformers' Trainer as its example run_clm.py uses it: defaults, Python lists, attention masks
     parity          transformers' Trainer, defaults, on our batches: for equal losses
     gpt             nanoGPT-style: a plain GPT block model of about as many matrix parameters, in the loop of bare
+    litgpt          litgpt's model class with the same shape, in the loop of bare
 
 `_compiled` behind a name compiles it, `ours_stock` is `run.speed: stock`, `stock_liger` has Liger's kernels.
 """
@@ -20,7 +21,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.turns import Turns, trainer_turns
+
+LOGGING_STEPS = 10  # a usual number
 
 
 @dataclasses.dataclass
@@ -48,6 +52,7 @@ class Settings:
     attention: str = "auto"
     is_null: bool = False  # a model of one parameter and a free forward: what is left is the loop
     logs_losses: bool = False  # log each step, for equal losses
+    evaluates: bool = False  # the dataset has a validation split, and ours may be told to evaluate
 
     @property
     def kind(self) -> str:
@@ -65,71 +70,12 @@ class Settings:
         return torch.device("cpu" if self.use_cpu else "cuda")
 
 
-class Turns:
-    """Waits for orders between two steps, and answers with what the ordered steps took."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.left = 0
-        self.losses: list[torch.Tensor | float] = []
-        self.began_at = self.cpu_began_at = 0.0
-        self.channel = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever prints, prints to stderr
-
-    def before_step(self) -> bool:
-        """Wait for an order where none is open; False at the end."""
-        if self.left:
-            return True
-        line = sys.stdin.readline()
-        if not line.strip():
-            return False
-        self.left = int(line)
-        self.began_at, self.cpu_began_at = time.perf_counter(), time.process_time()
-        return True
-
-    def after_step(self, loss: torch.Tensor | float | None = None) -> None:
-        """Count a step; answer after the last one of the order."""
-        if loss is not None:
-            self.losses.append(loss)
-        self.left -= 1
-        if self.left:
-            return
-        peak = 0
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        answer = {"time_s": time.perf_counter() - self.began_at, "cpu_s": time.process_time() - self.cpu_began_at}
-        answer |= {"peak_bytes": peak, "losses": [float(loss) for loss in self.losses]}
-        self.losses.clear()
-        print(json.dumps(answer), file=self.channel, flush=True)
-
-
-def trainer_turns(turns: Turns) -> Any:
-    """A callback that gives Trainer's steps to `turns`."""
-    from transformers import TrainerCallback
-
-    class TakeTurns(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if not turns.before_step():
-                os._exit(0)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if not control.should_log:
-                turns.after_step()
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}):
-                turns.after_step(logs["loss"])
-
-    return TakeTurns()
-
-
 def run_ours(settings: Settings, turns: Turns) -> None:
     """The trainer of run_clm.py, from a recipe."""
     import yaml
 
     from clm.launch import make_arguments
-    from clm.model import build_model
+    from clm.model import build_planned_model
     from clm.plan import make_plan
     from clm.recipe import load_recipe
     from clm.signals import Requests
@@ -146,7 +92,7 @@ def run_ours(settings: Settings, turns: Turns) -> None:
             "tokens": tokens_per_step * settings.num_steps,
             "tokens_per_step": tokens_per_step,
             "max_epochs": 1e9,
-            "validation": [],
+            "validation": [{"dataset": settings.dataset, "tokens": tokens_per_step}] if settings.evaluates else [],
         },
         "run": {"speed": "stock" if "_stock" in settings.variant else "fast", "preflight": False},
         "training": {
@@ -158,6 +104,7 @@ def run_ours(settings: Settings, turns: Turns) -> None:
             "use_cpu": settings.use_cpu,
             "save_strategy": "no",
             "logging_steps": logging_steps(settings),
+            "eval_steps": settings.num_steps + 1,
             "seed": settings.seed,
         },
     }
@@ -169,16 +116,7 @@ def run_ours(settings: Settings, turns: Turns) -> None:
     plan.run_folder.mkdir(parents=True)
     model = NullModel()
     if not settings.is_null:
-        model = build_model(
-            plan.recipe.model,
-            plan.config,
-            plan.tokenizer,
-            plan.attention,
-            plan.seed,
-            None,
-            plan.speed.loss,
-            plan.speed.is_fast,
-        )
+        model = build_planned_model(plan, stage)
     with Requests(plan.run_folder, 0) as requests:
         trainer = ClmTrainer(plan, stage, model, args)
         requests.follow(trainer)
@@ -187,9 +125,27 @@ def run_ours(settings: Settings, turns: Turns) -> None:
         trainer.train()
 
 
+def flops_of(settings: Settings) -> int:
+    """FLOPs of training on one token by PaLM's formula, of the model that the variant trains; no weight is made."""
+    from transformers import AutoModelForCausalLM
+
+    from clm.meter import flops_per_token
+    from clm.model import load_config
+
+    config = load_config(settings.config)
+    with torch.device("meta"):
+        if settings.kind == "gpt":
+            from benchmarks.gpt_block import make_gpt
+
+            model = make_gpt(settings.config, settings.block_size)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+    return flops_per_token(model, config, settings.block_size)
+
+
 def logging_steps(settings: Settings) -> int:
-    """Each step where losses are compared, else a usual number."""
-    return 1 if settings.logs_losses else 10
+    """Each step where losses are compared."""
+    return 1 if settings.logs_losses else LOGGING_STEPS
 
 
 class NullModel(torch.nn.Module):
@@ -249,6 +205,11 @@ def run_bare(settings: Settings, turns: Turns) -> None:
 
         model = make_gpt(settings.config, settings.block_size).to(settings.device)
         body, head = model, model.head
+    elif settings.kind == "litgpt":
+        from benchmarks.litgpt_model import make_litgpt
+
+        model = make_litgpt(settings.config, settings.block_size).to(settings.device)
+        body, head = model, torch.nn.Identity()  # it returns logits
     else:
         whole = hf_model(settings, MASK_FREE).to(settings.device).train()
         model, head = whole, whole.lm_head
@@ -328,7 +289,14 @@ def run_stock(settings: Settings, turns: Turns) -> None:
     trainer.train()
 
 
-RUNNERS = {"ours": run_ours, "bare": run_bare, "gpt": run_bare, "stock": run_stock, "parity": run_stock}
+RUNNERS = {
+    "ours": run_ours,
+    "bare": run_bare,
+    "gpt": run_bare,
+    "litgpt": run_bare,
+    "stock": run_stock,
+    "parity": run_stock,
+}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python -m clm explain demo --step 1200                      what did step 1200 train on? coloured by loss
   python -m clm explain demo --grep "import os"               at which steps was, or will, this text be seen?
   python -m clm verify recipes/demo.yaml                      is a killed and resumed run the uninterrupted one?
+  python -m clm tune recipes/llama_170m.yaml                  which micro-batch is fastest on this machine?
   python -m clm mirror llama_170m s3://bucket/llama_170m      its checkpoints outlive the machine
   python -m clm reload demo                                   does final/ give the training's validation loss again?
 
@@ -126,6 +127,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=_not_negative_integer, metavar="N", help="of the random moments; default: another each time"
     )
 
+    text = "find the fastest micro-batch for this machine at the recipe's global batch"
+    tune = verbs.add_parser("tune", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    tune.add_argument("recipe", metavar="RECIPE", help="a YAML file, e.g. recipes/demo.yaml; its data is prepared")
+    tune.add_argument("overrides", nargs="*", metavar="section.key=value", help="as for run_clm.py")
+    tune.add_argument(
+        "--processes", type=_positive_integer, metavar="N", help="of the run; default: as many as there are GPUs"
+    )
+    tune.add_argument(
+        "--steps", type=_positive_integer, default=5, metavar="N", help="measured of each, at least; default: 5"
+    )
+    tune.add_argument("--write", action="store_true", help="put the value into the recipe; everything else stays")
+
     mirror = _add_run_verb(verbs, "mirror", "keep a copy of a run in a bucket or folder, or bring it back from there")
     mirror.add_argument("place", metavar="PLACE", help="s3://bucket/x, gs://bucket/x, a folder: what fsspec knows")
     mirror.add_argument("--restore", action="store_true", help="from there to here, where it has a newer checkpoint")
@@ -141,6 +154,17 @@ def build_parser() -> argparse.ArgumentParser:
     card = _add_run_verb(verbs, "card", "write the model card of final/")
     card.add_argument("--checkpoint", type=_positive_integer, metavar="STEP", help="of checkpoint-STEP instead")
     return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; overrides may stand behind options, as for run_clm.py, which argparse's verbs do not know."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def run_verb(args: argparse.Namespace) -> int:
@@ -180,6 +204,10 @@ def run_verb(args: argparse.Namespace) -> int:
         from clm.verify import verify_recipe
 
         return verify_recipe(args.recipe, args.overrides, args.kills, args.steps, args.processes, args.seed)
+    elif args.verb == "tune":
+        from clm.tune import tune_recipe
+
+        return tune_recipe(args.recipe, args.overrides, args.processes, args.steps, args.write)
     elif args.verb == "mirror":
         from clm.mirror import mirror_run, restore_run
         from clm.run_folder import run_path
@@ -228,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             from clm.prepare import main as prepare
 
             return prepare(argv[1:]) or 0
-        return run_verb(build_parser().parse_args(argv))
+        return run_verb(parse_arguments(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from clm.plan import Plan
+    from clm.timeline import Stage
+
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight", "w2.weight")
 # A vocabulary may be padded up to a multiple of 64, 128 or 256 rows for speed; more than that is another tokenizer.
 MAX_VOCABULARY_PADDING = 256
@@ -257,6 +260,13 @@ def build_model(
     if loss is not None:
         install(model, loss, z_loss)
     return model
+
+
+def build_planned_model(plan: Plan, stage: Stage, is_sharded: bool = False) -> PreTrainedModel:
+    """`build_model` with everything as the plan says it, for one stage."""
+    section, speed = plan.recipe.model, plan.speed
+    first = (section, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
+    return build_model(*first, speed.loss, speed.is_fast, is_sharded, plan.recipe.run.z_loss)
 
 
 def draw_weights(model: PreTrainedModel, seed: int, scaled: bool) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny import CONFIG
+
+from benchmarks.time_to_loss import tokens_to
 
 
 @pytest.mark.slow
@@ -25,7 +28,49 @@ def test_throughput_prints_a_line_per_variant_and_repetition(run_cli):
     records = [json.loads(line) for line in _json_lines(result.stdout)]
     assert [r["variant"] for r in records] == ["ours_eager", "bare_eager", "stock"] * 2, "in turns"
     assert all(r["model"] == "llama_demo" and r["tokens_per_s"] > 0 for r in records)
+    assert all(0 < r["share_of_matmul_limit"] < 2 and "mfu" not in r and r["compile_s"] >= 0 for r in records)
+    assert all(any("scaled_dot_product" in kernel for kernel in r["attention_kernels"]) for r in records)
     assert "/ stock" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step_are_measured_beside_the_whole(run_cli):
+    few = ["--tokens", "128", "--repeats", "2", "--seconds", "0.01"]
+    result = run_cli(["benchmarks/micro.py", "--cpu", "--models", "llama_demo:64", *few])
+    assert result.code == 0, result.stderr
+    limits, *records = [json.loads(line) for line in _json_lines(result.stdout)]
+    assert limits["matmul_tflops"] > 0 and limits["torch"]
+    measured = [r for r in records if "skipped" not in r]
+    parts = {"gemm", "attention", "loss", "elementwise", "input", "optimizer", "step"}
+    assert {r["part"] for r in measured} == parts and all(r["ms"] > 0 for r in measured)
+    losses = [r["variant"] for r in measured if r["part"] == "loss"]
+    assert len(losses) == 2 * len(set(losses)) and losses[: len(losses) // 2] == losses[len(losses) // 2 :], "in turns"
+    # q and o 128 x 128, twice in each of 4 layers; forward and both of backward: 3 x 2 x 128 tokens x 128 x 128
+    gemm = next(r for r in measured if r["variant"] == "q and o 128 x 128")
+    assert gemm["count"] == 8 and gemm["tflops"] == pytest.approx(6 * 128**3 / gemm["ms"] / 1e9, abs=2e-3)
+    assert all(r["skipped"] for r in records if "ms" not in r)
+    assert "whole step" in result.stderr and "rest" in result.stderr
+
+
+@pytest.mark.slow
+def test_tokens_to_a_loss_are_those_of_real_runs(run_cli, prepared, tmp_path):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(CONFIG))
+    what = ["--cpu", "--config", config, "--dataset", prepared.folder, "--seeds", "1", "--learning-rates", "1e-2"]
+    few = ["--tokens", "10K", "--tokens-per-step", "512", "--block-size", "32", "--budgets", "1.0"]
+    result = run_cli(["benchmarks/time_to_loss.py", *what, *few, "--validation-tokens", "2K"])
+    assert result.code == 0, result.stderr
+    stock, ours = [json.loads(line) for line in _json_lines(result.stdout)]
+    assert (stock["variant"], ours["variant"]) == ("stock", "ours") and stock["tokens"] == ours["tokens"] == 10_240
+    assert 0 < ours["eval_loss"] < 6 and 0 < stock["eval_loss"] < 6 and stock["train_s"] > 0
+    assert "of stock's" in result.stderr
+
+
+def test_the_tokens_that_reach_a_loss_lie_between_two_budgets():
+    points = [(400, 2.0), (100, 4.0), (200, 3.0)]
+    assert tokens_to(3.0, points) == pytest.approx(200)
+    assert tokens_to(2.5, points) == pytest.approx(200 * 2**0.5), "half of the way in log(tokens)"
+    assert tokens_to(4.5, points) == 100 and tokens_to(1.9, points) is None
 
 
 def _json_lines(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = {"help", "install", "demo", "test", "lint", "datasets", "prep", "inspect", "stat", "check"}
-VERBS |= {"train", "extend", "anneal", "sample", "explain", "verify", "export", "push"}
+VERBS |= {"train", "extend", "anneal", "sample", "explain", "verify", "tune", "export", "push"}
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -71,6 +71,7 @@ def test_make_alone_shows_every_verb():
             ['.venv/bin/python -m clm explain "demo" --grep="$CLM_GREP"'],
         ),
         (["verify", "RECIPE=r.yaml", "ARGS=--kills 9"], ['.venv/bin/python -m clm verify "r.yaml" --kills 9']),
+        (["tune", "RECIPE=r.yaml", "ARGS=--write"], ['.venv/bin/python -m clm tune "r.yaml" --write']),
         (["extend", "RUN=demo", "TOKENS=2M"], ['.venv/bin/python -m clm extend "demo" --tokens "2M"']),
         (
             ["anneal", "FROM=runs/x/checkpoint-9", "TOKENS=1M", "DATA=hq"],
@@ -101,7 +102,7 @@ def test_demo_prepares_trains_and_proves():
 @pytest.mark.parametrize(
     ("verb", "name"),
     [("prep", "DATASET"), ("inspect", "DATASET"), ("stat", "DATASET"), ("check", "DATASET"), ("train", "RECIPE")]
-    + [("verify", "RECIPE"), ("extend", "RUN"), ("anneal", "FROM")]
+    + [("verify", "RECIPE"), ("tune", "RECIPE"), ("extend", "RUN"), ("anneal", "FROM")]
     + [(verb, "RUN") for verb in ("sample", "explain", "export", "push")],
 )
 def test_a_missing_name_is_one_sentence_with_an_example(verb, name):

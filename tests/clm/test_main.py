@@ -1,6 +1,6 @@
 import pytest
 
-from clm.__main__ import main
+from clm.__main__ import main, parse_arguments
 
 
 def test_help_teaches_with_examples_and_imports_nothing_heavy(run_cli):
@@ -11,7 +11,7 @@ def test_help_teaches_with_examples_and_imports_nothing_heavy(run_cli):
     assert run_cli(["-c", script]).stdout.strip() == "[]"
     done = run_cli(["-m", "clm", "--help"])
     assert done.code == 0 and "python -m clm sample demo --prompt" in done.stdout
-    for verb in ("check", "prep", "sample", "export", "push", "reload", "yardstick", "demo", "curve", "card"):
+    for verb in ("check", "prep", "sample", "export", "push", "tune", "reload", "yardstick", "demo", "curve", "card"):
         assert f"\n    {verb}" in done.stdout
 
 
@@ -23,12 +23,24 @@ def test_a_users_mistake_is_one_line_on_stderr_and_exit_code_2(capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["sample", "x", "--num", "0"], ["sample", "x", "--temperature", "nan"], ["nonsense"]]
+    "wrong",
+    [
+        ["sample", "x", "--num", "0"],
+        ["sample", "x", "--temperature", "nan"],
+        ["sample", "x", "y"],
+        ["tune", "x.yaml", "--quick"],
+        ["nonsense"],
+    ],
 )
 def test_a_wrong_argument_is_exit_code_2(wrong):
     with pytest.raises(SystemExit) as stopped:
         main(wrong)
     assert stopped.value.code == 2
+
+
+def test_overrides_may_stand_before_and_behind_options():
+    args = parse_arguments(["tune", "r.yaml", "training.seed=1", "--steps", "3", "run.loss=whole"])
+    assert (args.recipe, args.overrides, args.steps) == ("r.yaml", ["training.seed=1", "run.loss=whole"], 3)
 
 
 def test_check_and_prep_have_command_lines_of_their_own(capsys):

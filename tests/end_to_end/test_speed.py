@@ -172,6 +172,38 @@ def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, re
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "2 in each of the two starts"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_after_the_first_step_no_evaluation_makes_the_training_step_compile_again(train, recipe, monkeypatch):
+    """Evaluation has other rows than training, so there are two graphs; going to and fro makes no third."""
+    from torch._dynamo.utils import counters
+
+    from clm.trainer import ClmTrainer
+
+    seen: dict[str, list[tuple[int, int]]] = {"training_step": [], "evaluate": []}
+
+    def counting(name):
+        real = getattr(ClmTrainer, name)
+
+        def call(self, *args, **kwargs):
+            result = real(self, *args, **kwargs)
+            seen[name].append((self.state.global_step, counters["stats"]["unique_graphs"]))
+            return result
+
+        return call
+
+    for name in seen:
+        monkeypatch.setattr(ClmTrainer, name, counting(name))
+    torch._dynamo.reset()
+    other_shape = ("training.per_device_eval_batch_size=4", "data.tokens=5120", "training.eval_steps=3")
+    train(quiet_config(recipe), *other_shape, "training.torch_compile=true", "training.save_strategy=no")
+    assert [step for step, _ in seen["evaluate"]] == [0, 3, 6, 9, 10]
+    at_start, graphs = seen["evaluate"][0][1], [graphs for _, graphs in seen["training_step"]]
+    assert graphs[0] == at_start + 1, "one graph for training beside that of evaluation"
+    assert set(graphs) == {graphs[0]} and len(graphs) == 20, "and none in the 20 micro-steps around four evaluations"
+    assert {graphs for _, graphs in seen["evaluate"][1:]} == {graphs[0]}
+
+
 def test_what_the_plan_says(plan_lines):
     assert "loss         chunked, without logits: not compiled, so it is faster and smaller" in plan_lines()
     assert "loss         of the model's own forward: run.speed is stock" in plan_lines("run.speed=stock")
