@@ -30,6 +30,8 @@ from transformers import Trainer
 from clm.checkpoint import (
     SAVING,
     Files,
+    PartError,
+    describe_failure,
     explain_failure,
     free_bytes,
     hash_files,
@@ -217,7 +219,7 @@ class Saver:
             time.sleep(0.02)
         content = json.loads(marker.read_text(encoding="utf-8"))
         if "error" in content:
-            raise OSError(f"process {rank}: {content['error']}")
+            raise PartError(rank, content["error"])
         return content["files"]
 
     def _after_publishing(
@@ -302,20 +304,18 @@ class Saver:
 
     def _give_up(self, folder: Path, step: int, error: Exception) -> None:
         self._failure = (step, error)
-        what = f"{type(error).__name__}: {error}"
-        if self._is_disk_full(error):
-            room = format_bytes(free_bytes(self.run))
-            what = f"the disk is full: it needs {format_bytes(self.num_bytes)}, {room} are free"
         log.warning(
             "%s was not saved: %s. Complete ones are untouched; training goes on, and the next save tries again.",
             folder.name,
-            what,
+            describe_failure(error, self.run, self.num_bytes),
         )
         if self.is_publisher:
             self._discard(folder)
-        else:
-            with contextlib.suppress(OSError):
-                write_json(folder / f".rank-{self.rank}", {"error": f"{type(error).__name__}: {error}"})
+            return
+        with contextlib.suppress(OSError):
+            for name in own_files(folder, self.rank, self.publisher):  # else a full disk has no room for the marker
+                (folder / name).unlink()
+            write_json(folder / f".rank-{self.rank}", {"error": f"{type(error).__name__}: {error}"})
 
     def _discard(self, folder: Path) -> None:
         """Remove what was written; renamed first, so that a rank that still writes adds nothing to it."""
