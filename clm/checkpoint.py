@@ -222,33 +222,33 @@ def is_disk_full(error: BaseException, path: Path, need_bytes: int) -> bool:
 
 
 class PartError(OSError):
-    """Another process could not write its part of a checkpoint."""
+    """A process of several could not write its part of a checkpoint."""
 
     def __init__(self, rank: int, what: str):
         super().__init__(f"process {rank}: {what}")
-        self.rank = rank
+        self.rank, self.what = rank, what
 
 
 def describe_failure(error: Exception, path: Path, need_bytes: int) -> str:
     """Why a checkpoint was not written, for the log of a training that goes on."""
     if is_disk_full(error, path, need_bytes):
-        return (
-            f"{_who(error)}the disk is full: it needs {format_bytes(need_bytes)}, {format_bytes(free_bytes(path))} are "
-            "free"
-        )
+        return _describe_full(error, path, need_bytes)
     return str(error) if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
 
 
-def _who(error: Exception) -> str:
-    return f"process {error.rank}: " if isinstance(error, PartError) else ""
+def _describe_full(error: Exception, path: Path, need_bytes: int) -> str:
+    who = f"process {error.rank}: " if isinstance(error, PartError) else ""
+    return (
+        f"{who}the disk is full (or a quota or file size limit is reached): it needs {format_bytes(need_bytes)}, "
+        f"{format_bytes(free_bytes(path))} are free"
+    )
 
 
 def explain_failure(error: Exception, path: Path, need_bytes: int) -> Exception:
     """What a user is told when a checkpoint or final/ cannot be written; an error that no user can mend is itself."""
     if is_disk_full(error, path, need_bytes):
         return UserError(
-            f"{path}: cannot be written, {_who(error)}the disk is full (or a quota or file size limit is reached): it "
-            f"needs {format_bytes(need_bytes)}, {format_bytes(free_bytes(path))} are free. Complete checkpoints are "
+            f"{path}: cannot be written, {_describe_full(error, path, need_bytes)}. Complete checkpoints are "
             "untouched. Free space, lower run.retention.last or set RUNS_DIR to another disk, then type the same "
             "command: it continues from the newest checkpoint."
         )

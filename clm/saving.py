@@ -290,12 +290,9 @@ class Saver:
 
     def _wait_for_room(self, folder: Path) -> None:
         free = free_bytes(self.run)
-        need = format_bytes(self.num_bytes)
         log.warning(
             "%s waits for room on the disk: it needs %s, %s are free. Training goes on until the next save.",
-            folder.name,
-            need,
-            format_bytes(free),
+            *(folder.name, format_bytes(self.num_bytes), format_bytes(free)),
         )
         is_quota = free >= self.num_bytes  # then the free space says nothing
         until = time.monotonic() + RETRY_S
@@ -303,6 +300,8 @@ class Saver:
             time.sleep(0.5)
 
     def _give_up(self, folder: Path, step: int, error: Exception) -> None:
+        if self.trainer.args.world_size > 1 and not isinstance(error, PartError):
+            error = PartError(self.rank, f"{type(error).__name__}: {error}")
         self._failure = (step, error)
         log.warning(
             "%s was not saved: %s. Complete ones are untouched; training goes on, and the next save tries again.",
@@ -315,7 +314,7 @@ class Saver:
         with contextlib.suppress(OSError):
             for name in own_files(folder, self.rank, self.publisher):  # else a full disk has no room for the marker
                 (folder / name).unlink()
-            write_json(folder / f".rank-{self.rank}", {"error": f"{type(error).__name__}: {error}"})
+            write_json(folder / f".rank-{self.rank}", {"error": error.what})
 
     def _discard(self, folder: Path) -> None:
         """Remove what was written; renamed first, so that a rank that still writes adds nothing to it."""
