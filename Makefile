@@ -27,7 +27,7 @@ LAUNCH_ARGS =
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo datasets prep inspect stat check train extend anneal sample explain verify export push lint test test-slow supported-python
+.PHONY: help install demo datasets prep inspect stat check train extend anneal sample explain verify export push lint test test-slow testable supported-python
 
 PY := .venv/bin/python
 
@@ -121,6 +121,8 @@ push: need-RUN $(INSTALLED) ## Upload the final model to the Hub: RUN=demo ARGS=
 	$(PY) -m clm push "$(RUN)" $(ARGS)
 
 ## Development
+
+testable: $(TESTABLE)
 
 test: $(TESTABLE) ## Run the fast test suite: ARGS="-k sizes"
 	$(PY) -m pytest -n 2 $(ARGS)

@@ -26,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clm.dataset import TrainBlocks, collate
+from clm.fast_steps import keep_freed_memory
 from clm.order import Order, OrderSource, OrderStage
 from data_prep.blocks import Blocks
 from data_prep.paths import dataset_folder
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="that each is run for; default: 2")
     arguments = parser.parse_args()
     folder = dataset_folder(arguments.dataset)
+    keep_freed_memory()  # as a run does; here for all ways
     blocks, rows = Blocks(folder, "train"), arguments.rows
     in_memory = np.concatenate([blocks.shard_tokens(n) for n in range(len(blocks.manifest.splits["train"].shards))])
     ways: dict[str, Callable[[], Iterator[int]]] = {

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   python -m clm explain demo --step 1200                      what did step 1200 train on? coloured by loss
   python -m clm explain demo --grep "import os"               at which steps was, or will, this text be seen?
   python -m clm verify recipes/demo.yaml                      is a killed and resumed run the uninterrupted one?
+  python -m clm mirror llama_170m s3://bucket/llama_170m      its checkpoints outlive the machine
   python -m clm reload demo                                   does final/ give the training's validation loss again?
 
 RUN is a name under runs/ (or under $RUNS_DIR), or the path of a run's folder.
@@ -129,6 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=_not_negative_integer, metavar="N", help="of the random moments; default: another each time"
     )
 
+    mirror = _add_run_verb(verbs, "mirror", "keep a copy of a run in a bucket or folder, or bring it back from there")
+    mirror.add_argument("place", metavar="PLACE", help="s3://bucket/x, gs://bucket/x, a folder: what fsspec knows")
+    mirror.add_argument("--restore", action="store_true", help="from there to here, where it has a newer checkpoint")
+    mirror.add_argument("--once", action="store_true", help="one copy, now; default: until the run has finished")
+    mirror.add_argument("--every", type=_not_negative, default=60, metavar="S", help="seconds; default: 60")
+
     _add_run_verb(
         verbs, "reload", "load final/ afresh and compute the validation loss again; exit code 1 when it differs"
     )
@@ -181,6 +188,14 @@ def run_verb(args: argparse.Namespace) -> int:
         from clm.verify import verify_recipe
 
         return verify_recipe(args.recipe, args.overrides, args.kills, args.steps, args.processes, args.seed)
+    elif args.verb == "mirror":
+        from clm.mirror import mirror_run, restore_run
+        from clm.run_folder import run_path
+
+        if args.restore:
+            restore_run(run_path(args.run), args.place)
+        else:
+            mirror_run(run_path(args.run), args.place, args.every, args.once)
     elif args.verb == "reload":
         from clm.reload import reload_run
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from clm.order import Order, derive_key, permute
-from data_prep.blocks import Blocks
+from data_prep.blocks import Blocks, read_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from clm.timeline import Stage, Timeline
 
 FILLER = -1  # a sample number: a block without targets, where a global batch does not divide (run.uneven_batch)
-_LOOK_UP = 4096  # samples whose blocks are found at once
+_LOOK_UP = 16384  # samples whose blocks are found at once
 IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
@@ -72,15 +72,6 @@ class PermutedTargets:
         return self.blocks.token_at(permute(positions, self.blocks.num_tokens, self.key))
 
 
-def read_blocks(
-    blocks: Blocks, block_numbers: np.ndarray, control: PermutedTargets | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of n prepared blocks of P tokens, both (n, P) int64."""
-    tokens = blocks.read(block_numbers)
-    inputs = blocks.as_inputs(tokens[:, :-1])
-    return inputs, tokens[:, 1:] if control is None else control.targets(block_numbers)
-
-
 class TrainBlocks(torch.utils.data.Dataset):
     """The run's samples: sample i is one prepared block, found by the order.
 
@@ -113,12 +104,13 @@ class TrainBlocks(torch.utils.data.Dataset):
         numbers = np.asarray(samples)
         known = np.where(numbers == FILLER, max(numbers.max(), 0), numbers)  # a filler needs no block of its own
         dataset, block = self._find(known.tolist())
-        shape = (len(samples), self.splits[0].block_size)
-        inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
-        for j, split in enumerate(self.splits):
-            mine = np.flatnonzero((dataset == j) & (numbers != FILLER))
-            if mine.size:
-                inputs[mine], targets[mine] = read_blocks(split, block[mine], self.controls[j])
+        dataset = np.where(numbers == FILLER, FILLER, dataset)
+        rows = [np.flatnonzero(dataset == j) for j in range(len(self.splits))]
+        parts = [(split, mine, block[mine]) for split, mine in zip(self.splits, rows, strict=True)]
+        inputs, targets = read_rows(parts, len(samples))
+        for control, mine in zip(self.controls, rows, strict=True):
+            if control is not None:
+                targets[mine] = control.targets(block[mine])
         return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size), samples
 
     def _find(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -211,8 +203,11 @@ class ValidationRows:
         if rows.size:
             block_numbers = np.arange(rows[0] // self.rows_per_block, rows[-1] // self.rows_per_block + 1)
             skip = rows[0] - block_numbers[0] * self.rows_per_block
-            for out, read in zip((inputs, targets), read_blocks(self.blocks, block_numbers, self.control), strict=True):
-                out[: rows.size] = read.reshape(-1, self.block_size)[skip : skip + rows.size]
+            read = self.blocks.read_rows(block_numbers)
+            if self.control is not None:
+                read = read[0], self.control.targets(block_numbers)
+            for out, found in zip((inputs, targets), read, strict=True):
+                out[: rows.size] = found.reshape(-1, self.block_size)[skip : skip + rows.size]
         return inputs, targets
 
     def describe(self) -> dict[str, Any]:

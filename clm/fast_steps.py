@@ -7,6 +7,8 @@ compared with it in tests/end_to_end/test_speed.py.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import gc
 import os
@@ -46,6 +48,8 @@ class FastSteps(Trainer):
             os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
             # torch's default lies in /tmp, which a reboot empties and a cluster does not share
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+        if speed.is_fast:
+            keep_freed_memory()
         super().__init__(**kwargs)
         self.meter = make_meter(self.plan, self.stage, self.model, args)
         self.add_callback(self.meter)
@@ -166,6 +170,21 @@ def make_collator(plan: Plan) -> Callable[..., dict[str, Any]]:
     """What makes a micro-batch: clm.dataset.collate, or with `run.speed: stock` transformers' default_data_collator."""
     collator = partial(collate, with_labels=plan.speed.loss is None) if plan.speed.is_fast else collate_as_stock
     return partial(collator, mask=plan.document_mask, with_samples=plan.recipe.run.record_blocks)
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed arrays of up to 32 MB again.
+
+    glibc gives each back to the kernel, and the next micro-batch, which is as large, costs a page fault per 4 KB: more
+    time than reading it takes. Up to 512 MB of freed memory stay with the process. Other C libraries, and a process
+    that is told otherwise by MALLOC_..., are left alone.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
 class QuietCollector(TrainerCallback):

@@ -49,10 +49,9 @@ def iter_rows(
     for first in range(0, num_rows, rows_at_once):
         last = min(first + rows_at_once, num_rows)
         first_block = first // rows_per_block
-        tokens = blocks.read(np.arange(first_block, -(-last // rows_per_block)))
+        inputs, targets = blocks.read_rows(np.arange(first_block, -(-last // rows_per_block)))
         wanted = slice(first - first_block * rows_per_block, last - first_block * rows_per_block)
-        inputs = blocks.as_inputs(tokens[:, :-1])
-        yield inputs.reshape(-1, block_size)[wanted], tokens[:, 1:].reshape(-1, block_size)[wanted]
+        yield inputs.reshape(-1, block_size)[wanted], targets.reshape(-1, block_size)[wanted]
 
 
 def separate_documents(inputs: np.ndarray, targets: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,15 +20,20 @@ PREFIX, MANIFEST = "checkpoint-", "checkpoint.json"  # resumable; its manifest i
 WEIGHTS_PREFIX, WEIGHTS_MANIFEST = "weights-", "weights.json"  # a checkpoint that was reduced to its weights
 
 
+def run_path(name_or_path: str | Path) -> Path:
+    """Where a run lies, or will: a bare name under runs_dir(), anything with a separator is a path."""
+    text = str(name_or_path)
+    is_path = "/" in text or os.sep in text or text in (".", "..")
+    return Path(text) if is_path else runs_dir() / text
+
+
 def find_run(name_or_path: str | Path) -> Path:
-    """The folder of a run; a bare name lies under runs_dir(), anything with a separator is a path.
+    """The folder of a run (`run_path`), which has to be there.
 
     Raises:
         UserError: no such run; names the nearest ones and the command that makes one.
     """
-    text = str(name_or_path)
-    is_path = "/" in text or os.sep in text or text in (".", "..")
-    run = Path(text) if is_path else runs_dir() / text
+    run = run_path(name_or_path)
     if (run / "recipe.yaml").is_file():
         return run
     beside = run.parent

@@ -116,29 +116,34 @@ class Blocks:
 
         NO_TARGET (-100) after a shard's last block; of padded blocks, for padding and in the last column.
         """
-        blocks = np.asarray(blocks, dtype=np.int64).reshape(-1)
-        shards, rows = self.locate(blocks)
-        out = np.empty((len(blocks), self.block_size + 1), dtype=np.int64)
-        for row, (shard, first) in enumerate(zip(shards.tolist(), (rows * self.block_size).tolist(), strict=True)):
-            tokens = self.shard_tokens(shard)[first : first + self.block_size + 1]  # a slice: faster than any gather
-            out[row, : len(tokens)] = tokens
-            if len(tokens) == self.block_size:
-                out[row, -1] = NO_TARGET
-        if self.is_padded:
-            lengths = self.lengths_of(blocks)
-            out[:, -1] = NO_TARGET
-            short = np.flatnonzero(lengths < self.block_size)  # few, as a rule
-            is_padding = np.arange(self.block_size + 1) >= lengths[short, None]
-            out[short] = np.where(is_padding, NO_TARGET, out[short])
-        return out
+        inputs, targets = self.read_rows(blocks)
+        return np.concatenate([inputs[:, :1], targets], axis=1)
 
-    def as_inputs(self, tokens: np.ndarray) -> np.ndarray:
-        """What `read` gives without its last column, as a model takes it: with an id where there is padding."""
-        short = np.flatnonzero(tokens[:, -1] == NO_TARGET) if self.is_padded else ()
-        if len(short):
-            tokens = tokens.copy()
-            tokens[short] = np.where(tokens[short] == NO_TARGET, self.fill_token_id, tokens[short])
-        return tokens
+    def read_rows(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks and the token that follows each position, as a model takes them: both int64 (n, block_size).
+
+        What is no target is NO_TARGET, as in `read`; padding among the inputs is what it is in the file.
+        """
+        blocks = np.asarray(blocks, dtype=np.int64).reshape(-1)
+        return read_rows([(self, np.arange(len(blocks)), blocks)], len(blocks))
+
+    def _copy_to(self, tokens: np.ndarray, following: np.ndarray, rows: np.ndarray, blocks: np.ndarray) -> None:
+        """Copy blocks to rows of `tokens` (m, block_size), and what follows each to `following` (m,)."""
+        shards, numbers = self.locate(blocks)
+        for shard in set(shards.tolist()):
+            here = np.flatnonzero(shards == shard)
+            stream, wanted = self.shard_tokens(shard), numbers[here]
+            tokens[rows[here]] = stream.reshape(-1, self.block_size)[wanted]
+            ends = (wanted + 1) * self.block_size
+            next_tokens = stream[np.minimum(ends, len(stream) - 1)].astype(np.int64)
+            following[rows[here]] = np.where(ends < len(stream), next_tokens, NO_TARGET)
+
+    def _hide_padding(self, targets: np.ndarray, rows: np.ndarray, blocks: np.ndarray) -> None:
+        lengths = self.lengths_of(blocks)
+        targets[rows, -1] = NO_TARGET
+        short = np.flatnonzero(lengths < self.block_size)  # few, as a rule
+        is_target = np.arange(1, self.block_size + 1) < lengths[short, None]
+        targets[rows[short]] = np.where(is_target, targets[rows[short]], NO_TARGET)
 
     def token_at(self, positions: np.ndarray) -> np.ndarray:
         """The tokens at positions of the split's token stream, in [0, num_tokens); int64, the shape of `positions`."""
@@ -191,6 +196,28 @@ class Blocks:
                 f"`make check DATASET={self.folder}` names every damaged file; then prepare the dataset again."
             ) from error
         return lengths
+
+
+def read_rows(parts: list[tuple[Blocks, np.ndarray, np.ndarray]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows from several datasets of one block size T and one dtype: inputs and targets, both int64 (num_rows, T).
+
+    Args:
+        parts: for each dataset the numbers of its rows and the blocks that they are. What is in none has no target.
+    """
+    first = parts[0][0]
+    tokens = np.zeros((num_rows, first.block_size), dtype=first.dtype)
+    following = np.full(num_rows, NO_TARGET, dtype=np.int64)
+    for blocks, rows, numbers in parts:
+        blocks._copy_to(tokens, following, rows, numbers)
+    inputs = tokens.astype(np.int64)
+    targets = np.empty_like(inputs)
+    targets[:, :-1], targets[:, -1] = tokens[:, 1:], following
+    if sum(len(rows) for _, rows, _ in parts) < num_rows:
+        targets[np.setdiff1d(np.arange(num_rows), np.concatenate([rows for _, rows, _ in parts]))] = NO_TARGET
+    for blocks, rows, numbers in parts:
+        if blocks.is_padded:
+            blocks._hide_padding(targets, rows, numbers)
+    return inputs, targets
 
 
 def lengths_path(folder: Path, split: str) -> Path:

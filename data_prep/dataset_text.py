@@ -12,7 +12,6 @@ import numpy as np
 from data_prep.blocks import Blocks
 from data_prep.documents import Document, DocumentMap, Piece
 from data_prep.errors import UserError
-from data_prep.filter_settings import CHANGING
 from data_prep.parts import describe_document, describe_part, find_parts
 from data_prep.tokenizer_folder import load_backend
 from data_prep.vocabulary import Vocabulary, on_one_line, show_unseen
@@ -41,10 +40,6 @@ class DatasetText:
             self.notes = self.vocabulary.differences
         except UserError as error:
             self.notes = [f"Without byte ranges: {error}"]
-        changing = [name for name in self.blocks.manifest.settings.get("filters", {}) if name in CHANGING]
-        if changing:
-            why = f"{', '.join(changing)} changed texts of this dataset"
-            self.notes = [*self.notes, f"{why}: byte ranges count in a text as changed, not in its source."]
 
     def text(self, first_token: int, end_token: int, is_whole: bool = False) -> str:
         """Tokens [first_token, end_token) of the stream, such as a document's, as `text_at` shows them."""

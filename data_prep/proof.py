@@ -11,7 +11,7 @@ import json
 import math
 import os
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from data_prep.encoder import EncoderChoice, ReferenceEncoder, load_tokenizer_js
 from data_prep.fast_encoder import (
     EncoderMismatchError,
     FastEncoder,
+    fast_checksum,
     fast_name,
     hostile_texts,
     structure_problem,
@@ -97,11 +98,11 @@ def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> E
     name = fast_name()
     if name is None:
         return EncoderChoice(reference.name, False, "gigatoken is not installed")
-    raw = load_tokenizer_json(plan.tokenizer_folder, tokenizer)
-    problem = structure_problem(raw)
-    if problem is not None:
-        return EncoderChoice(reference.name, False, f"{name} is not proven for this tokenizer: {problem}")
-    if not _is_hostile_set_known(tokenizer.sha256, name):
+    if not _is_hostile_set_known(tokenizer, name):
+        raw = load_tokenizer_json(plan.tokenizer_folder, tokenizer)
+        problem = structure_problem(raw)
+        if problem is not None:
+            return EncoderChoice(reference.name, False, f"{name} is not proven for this tokenizer: {problem}")
         try:
             fast = FastEncoder(raw)
         except Exception as error:  # whatever a foreign library raises: the reference works
@@ -111,7 +112,7 @@ def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> E
         wrong = first_difference(texts, fast, ReferenceEncoder(raw))
         if wrong is not None:
             return EncoderChoice(reference.name, False, f"{name} gives other ids for the text {texts[wrong][:60]!r}")
-        _remember_hostile_set(tokenizer.sha256, name)
+        _remember_hostile_set(tokenizer, name)
     return EncoderChoice(name, True, "", math.ceil(PROVEN_IDS / _count_units(stream)))
 
 
@@ -144,22 +145,23 @@ def _proofs_path() -> Path:
     return cache_dir() / "encoder_proofs.json"
 
 
-def _is_hostile_set_known(tokenizer_sha256: str, name: str) -> bool:
+def _is_hostile_set_known(tokenizer: TokenizerInfo, name: str) -> bool:
     try:
-        return _proof_key(tokenizer_sha256, name) in json.loads(_proofs_path().read_text(encoding="utf-8"))
+        return _proof_key(tokenizer, name) in json.loads(_proofs_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 
 
-def _remember_hostile_set(tokenizer_sha256: str, name: str) -> None:
+def _remember_hostile_set(tokenizer: TokenizerInfo, name: str) -> None:
     known = []
     with suppress(OSError, ValueError):
         known = json.loads(_proofs_path().read_text(encoding="utf-8"))
     with suppress(OSError):  # the next preparation proves it again
         cache_dir().mkdir(parents=True, exist_ok=True)
-        write_whole(_proofs_path(), json.dumps([*known, _proof_key(tokenizer_sha256, name)]))
+        write_whole(_proofs_path(), json.dumps([*known, _proof_key(tokenizer, name)]))
 
 
-def _proof_key(tokenizer_sha256: str, name: str) -> str:
+def _proof_key(tokenizer: TokenizerInfo, name: str) -> str:
     source = Path(__file__).with_name("fast_encoder.py").read_bytes()  # the hostile set itself
-    return hashlib.sha256(f"{tokenizer_sha256} {name} {reference_name()}".encode() + source).hexdigest()
+    what = [*astuple(replace(tokenizer, source=None)), name, fast_checksum(), reference_name()]
+    return hashlib.sha256(json.dumps(what).encode() + source).hexdigest()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from data_prep.arrays import to_numpy
 from data_prep.blocks import Blocks

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +72,15 @@ def _imported_before(source: Path) -> Path | None:
     import takes seconds. None for one that does not lie here."""
     if not (source / "tokenizer.json").is_file():
         return None
+    return cache_dir() / "tokenizers" / _digest(source)
+
+
+def _digest(folder: Path) -> str:
+    """Of all that a tokenizer folder says, and of the libraries that read it."""
     digest = hashlib.sha256(f"{version('transformers')} {version('tokenizers')}".encode())
-    for path in sorted(path for path in source.iterdir() if path.is_file() and path.suffix in (".json", ".jinja")):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in (".json", ".jinja")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return cache_dir() / "tokenizers" / digest.hexdigest()[:32]
+    return digest.hexdigest()[:32]
 
 
 def _remember(folder: Path, known: Path) -> None:
@@ -125,6 +131,19 @@ def describe_tokenizer(folder: Path, source: Any) -> TokenizerInfo:
     Raises:
         UserError: it has no end-of-document token, or puts something other than one BOS in front of a text.
     """
+    known = cache_dir() / "tokenizers" / f"{_digest(folder)}.json"  # loading it takes some tenths of a second
+    with suppress(OSError, ValueError, TypeError):
+        return TokenizerInfo(**json.loads(known.read_text(encoding="utf-8")), source=source)
+    info = _describe(folder, source)
+    with suppress(OSError):
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_name(f"{known.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({name: value for name, value in asdict(info).items() if name != "source"}))
+        os.replace(temporary, known)
+    return info
+
+
+def _describe(folder: Path, source: Any) -> TokenizerInfo:
     backend = load_backend(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     ids = {}

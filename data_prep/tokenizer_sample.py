@@ -31,7 +31,7 @@ WORD = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+|\s+")  # about GPT-2's words, b
 def train_on_sample(
     stream: Stream, threshold: int, sample_bytes: int, vocab_size: int, folder: Path, control: ControlTokens
 ) -> None:
-    """Draw the sample and train on it, with a progress bar of the reading; the library cannot tell its own.
+    """Draw the sample and train on it, with a progress bar of the reading; training shows its own.
 
     Raises:
         UserError: as `train_tokenizer`.

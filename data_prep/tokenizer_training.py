@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.merge_progress import shown_merges
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, control
         vocab_size=vocab_size,
         special_tokens=list(astuple(control)),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=True,
+        progress_format="json",  # for data_prep/merge_progress.py
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with shown_merges():
+        tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size(with_added_tokens=True)
     if reached != vocab_size:
         raise UserError(

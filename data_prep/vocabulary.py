@@ -12,6 +12,7 @@ from typing import TextIO
 
 import numpy as np
 
+from data_prep.filter_settings import CHANGING
 from data_prep.manifest import load_manifest
 from data_prep.token_bytes import backend_differences, backend_token_bytes
 from data_prep.tokenizer_folder import load_backend
@@ -32,7 +33,8 @@ class Vocabulary:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        info = load_manifest(folder).tokenizer
+        manifest = load_manifest(folder)
+        info = manifest.tokenizer
         backend = load_backend(folder / "tokenizer")
         control = {info.bos_token_id, info.eos_token_id, info.pad_token_id, info.unk_token_id} - {None}
         name = str(folder / "tokenizer")
@@ -41,6 +43,10 @@ class Vocabulary:
         self.names = [backend.id_to_token(id_) for id_ in range(info.vocab_size)]
         self.eos_token_id = info.eos_token_id
         self.differences = backend_differences(backend, name)
+        changing = [name for name in manifest.settings.get("filters", {}) if name in CHANGING]
+        if changing:
+            why = f"{', '.join(changing)} changed texts of this dataset"
+            self.differences.append(f"{why}: byte ranges count in a text as changed, not in its source.")
 
     def is_control(self, token: int) -> bool:
         """Whether a token stands for no text."""

@@ -7,7 +7,8 @@ import multiprocessing
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
-_PRELOADED = ["data_prep.workers", "tokenizers", "gigatoken", "pyarrow.parquet"]  # one that is not installed is left out
+# One that is not installed is left out.
+_PRELOADED = ["data_prep.workers", "tokenizers", "gigatoken", "pyarrow.parquet"]
 
 
 def worker_context() -> BaseContext:

@@ -1,5 +1,7 @@
 """Blocks become micro-batches exactly: every position has its next token as target, no padding, no second shift."""
 
+import resource
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -101,3 +103,20 @@ def test_validation_rows_are_a_prefix_and_what_lies_beyond_has_no_target(prepare
 def test_labels_are_the_inputs_themselves_not_a_copy():
     batch = as_batch(np.zeros((1, 4), dtype=np.int64), np.zeros((1, 4), dtype=np.int64))
     assert batch["labels"] is batch["input_ids"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_micro_batches_take_no_page_faults_once_freed_memory_is_kept(train):
+    from clm.fast_steps import keep_freed_memory
+
+    keep_freed_memory()
+    blocks = np.arange(4096) % train.num_blocks  # 2 MB each of inputs and targets
+
+    def faults(times: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            train.read_rows(blocks)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(5)
+    assert faults(20) < 20 * 100, "two arrays of 512 pages each were allocated 20 times"

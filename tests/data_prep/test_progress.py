@@ -56,6 +56,7 @@ def lines_of(stage, text):
 
 def test_a_terminal_has_a_bar_for_every_stage(tmp_path, corpus, small_tokenizer):
     shown = run_on_terminal(*arguments(corpus, "train:300", tmp_path / "out"))
+    assert "learning merges: 100%" in shown and '{"stage"' not in shown
     size = sum(path.stat().st_size for path in corpus.iterdir())
     for stage in ("reading for the tokenizer", "encoding", "writing"):
         *_, last = re.findall(rf"\r({stage}: [^\r]*)", shown)
