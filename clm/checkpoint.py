@@ -226,7 +226,7 @@ class PartError(OSError):
 
     def __init__(self, rank: int, what: str):
         super().__init__(f"process {rank}: {what}")
-        self.rank, self.what = rank, what
+        self.rank = rank
 
 
 def describe_failure(error: Exception, path: Path, need_bytes: int) -> str:

@@ -300,8 +300,9 @@ class Saver:
             time.sleep(0.5)
 
     def _give_up(self, folder: Path, step: int, error: Exception) -> None:
-        if self.trainer.args.world_size > 1 and not isinstance(error, PartError):
-            error = PartError(self.rank, f"{type(error).__name__}: {error}")
+        what, is_of_disk = f"{type(error).__name__}: {error}", isinstance(error, OSError | RuntimeError)
+        if self.trainer.args.world_size > 1 and is_of_disk and not isinstance(error, PartError):
+            error = PartError(self.rank, what)
         self._failure = (step, error)
         log.warning(
             "%s was not saved: %s. Complete ones are untouched; training goes on, and the next save tries again.",
@@ -314,7 +315,7 @@ class Saver:
         with contextlib.suppress(OSError):
             for name in own_files(folder, self.rank, self.publisher):  # else a full disk has no room for the marker
                 (folder / name).unlink()
-            write_json(folder / f".rank-{self.rank}", {"error": error.what})
+            write_json(folder / f".rank-{self.rank}", {"error": what})
 
     def _discard(self, folder: Path) -> None:
         """Remove what was written; renamed first, so that a rank that still writes adds nothing to it."""

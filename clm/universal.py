@@ -105,9 +105,10 @@ def convert_checkpoint(checkpoint: str) -> str:
             del facts["sha256"]
             publish(temporary, source, facts, dict(sorted({**files, **added}.items())))
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                temporary.parent.rmdir()
+            if source.exists():  # else the new one is whole, and the next start or call puts it in its place
+                shutil.rmtree(temporary, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    temporary.parent.rmdir()
             if isinstance(error, Exception):
                 raise explain_failure(error, source, need) from error
             raise
@@ -197,8 +198,9 @@ def prepare_engine(trainer: ClmTrainer, checkpoint: Path) -> None:
             f"{checkpoint}: was written by ZeRO {wrote}, which ZeRO stage {stage} cannot read. Start it with that "
             f"stage. DDP, FSDP2 and one process go on from it, too, after: {convert_command(checkpoint)}"
         )
-    if facts["num_processes"] != trainer.args.world_size:
-        trainer.accelerator.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    config = trainer.accelerator.deepspeed_plugin.deepspeed_config
+    is_other = facts["num_processes"] != trainer.args.world_size
+    config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": is_other}
 
 
 def mend_optimizer(trainer: ClmTrainer, checkpoint: Path) -> None:

@@ -156,8 +156,12 @@ def test_a_conversion_that_is_killed_or_has_no_room_leaves_the_checkpoint_as_it_
         assert kind == "kill" or ("the disk is full" in done.stderr and leftovers(run) == []), done.stderr
         assert json.loads((checkpoint / "checkpoint.json").read_text()) == before and find_damage(checkpoint) is None
     # the old one is out of the way, the new one not yet in its place
-    done = run_cli(command, env={**fault, "FAULT_KIND": "kill", "FAULT_AT": "2", "FAULT_FROM": ".trash-checkpoint-3"})
-    assert done.code == -9 and not checkpoint.exists()
+    at_the_end = {**fault, "FAULT_AT": "1", "FAULT_FROM": "converted/checkpoint-3", "FAULT_KIND": "eio"}
+    done = run_cli(command, env=at_the_end)
+    assert done.code == 2 and "Input/output error" in done.stderr and not checkpoint.exists(), done.stderr
+    shutil.copytree(run, spare := run.with_name("spare"))
+    done = train_on(lab, "spare", 1, *shape)
+    assert "checkpoint-3 (step 3" in done and find_damage(spare / "checkpoint-3") is None
     assert "is converted already" in run_cli(command).stdout
     assert find_damage(checkpoint) is None and leftovers(run) == []
 
