@@ -167,5 +167,5 @@ $(INSTALLED): $(MADE)
 	@touch "$@"
 
 $(TESTABLE): $(INSTALLED)
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb,corpus,cluster,remote]'
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,bnb,schedulefree,corpus,cluster,remote]'
 	@touch "$@"

@@ -166,7 +166,7 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
     first = (plan.recipe.model, plan.config, plan.tokenizer, plan.attention, plan.seed, dict(stage.rope))
-    model = build_model(*first, plan.speed.loss, plan.speed.is_fast, is_sharded=is_fsdp())
+    model = build_model(*first, plan.speed.loss, plan.speed.is_fast, is_fsdp(), plan.recipe.run.z_loss)
 
     # c. The HF Trainer.
     trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))

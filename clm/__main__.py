@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="lm",
         help="without the output head, with it, or both; default: lm",
     )
+    export.add_argument("--ema", action="store_true", help="the averaged weights of run.ema")
     export.add_argument("--out", metavar="DIR", help="default: RUN/export, or RUN/export/base or .../lm")
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights; default: float32"
@@ -165,7 +166,7 @@ def run_verb(args: argparse.Namespace) -> int:
     elif args.verb == "export":
         from clm.export import print_export
 
-        print_export(args.run, args.checkpoint, args.what, args.out, args.dtype)
+        print_export(args.run, args.checkpoint, args.what, args.out, args.dtype, args.ema)
     elif args.verb == "push":
         from clm.push import push_run
 

@@ -183,15 +183,13 @@ def _check_optimizer_package(checked: dict[str, Any], problems: Problems) -> Non
     from importlib.util import find_spec
 
     optim = str(checked.get("optim", ""))
-    if optim.startswith("schedule_free"):
-        problems.add(
-            "training.optim",
-            f"is {optim}, whose weights for evaluation and saving are others than those that train, which checkpoints "
-            "and evaluation here do not know. Use adamw_torch_fused, with a schedule.",
-        )
-    needs = "bitsandbytes" if "bnb" in optim or optim.startswith("paged_") or optim.endswith("_8bit") else None
+    needs = None
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):
         needs = "torchao"
+    elif optim.startswith("schedule_free"):
+        needs = "schedulefree"
+    elif any(part in optim for part in ("bnb", "paged_", "_8bit", "lion", "ademamix")):
+        needs = "bitsandbytes"
     if needs and find_spec(needs) is None:
         problems.add("training.optim", f"is {optim!r} but {needs} is not installed. Run pip install {needs}.")
 

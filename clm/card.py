@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clm.certificate import text_for_card
 from clm.curve import draw_curve
 from clm.events import read_events
+from clm.licences import hub_licence
 from clm.run_folder import last_evaluation, read_metrics, read_recipe
 from clm.spike_report import describe_history
 from data_prep.errors import UserError
@@ -24,17 +25,6 @@ from data_prep.manifest import load_manifest
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-# Licence ids that the Hub's model card header knows, among those that text datasets carry.
-# Source: https://huggingface.co/docs/hub/repositories-licenses
-_HUB_LICENCES = """
-    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsl-1.0 cc cc-by-2.0 cc-by-2.5 cc-by-3.0
-    cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
-    cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
-    cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 gfdl gpl-2.0 gpl-3.0 isc lgpl-2.1 lgpl-3.0 mit mpl-2.0
-    ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense wtfpl zlib
-"""
-HUB_LICENCES = frozenset(_HUB_LICENCES.split())
-_HUB_SPELLINGS = {"odc-by-1.0": "odc-by", "odbl-1.0": "odbl", "pddl-1.0": "pddl"}  # SPDX -> the Hub's id
 _RESUME = (
     "A small copy of this run's recipe, on this data, was killed and resumed, and compared with one that was not "
     "(`python -m clm verify`)."
@@ -42,32 +32,35 @@ _RESUME = (
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def write_card(run: Path, folder: Path) -> Path:
+def write_card(run: Path, folder: Path, is_ema: bool = False) -> Path:
     """Write `folder`/README.md, and beside it curve.svg, for the model that lies in `folder`.
 
     Args:
         run: the run's folder.
         folder: a model in Hub format (config.json and weights): final/, a checkpoint or an export.
+        is_ema: it holds the averaged weights of run.ema.
     """
     recipe, metrics = read_recipe(run), read_metrics(run)
+    evaluation = last_evaluation(metrics, is_ema)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = run.resolve().name
     has_curve = any("loss" in record or "eval_loss" in record for record in metrics)
     if has_curve:
         shutil.copyfile(draw_curve(run), folder / "curve.svg")
 
-    header, licence_note = _header(recipe, config, name, last_evaluation(metrics))
+    header, licence_note = _header(recipe, config, name, evaluation)
     parts = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
         _summary(recipe, metrics, config),
+        *([_average(recipe)] if is_ema else []),
         "## Use\n\n" + _usage(config),
         "## Model\n\n" + _model_table(recipe, config),
         "## Data\n\n" + _data_table(recipe, metrics) + f"\n\n{licence_note}",
         "## Training\n\n" + _training_table(recipe, metrics),
         *filter(None, [_stages_table(recipe), _lineage(run), describe_history(run)]),
         *(["![Training and validation loss over tokens](curve.svg)"] if has_curve else []),
-        "## Validation\n\n" + _validation_table(recipe, last_evaluation(metrics)),
+        "## Validation\n\n" + _validation_table(recipe, evaluation),
         *([f"## Resume\n\n{_RESUME}\n\n```text\n{certificate}\n```"] if (certificate := text_for_card(run)) else []),
         "## Limits\n\n" + _limits(),
     ]
@@ -76,13 +69,6 @@ def write_card(run: Path, folder: Path) -> Path:
     temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
-
-
-def hub_licence(licences: list[str | None]) -> str | None:
-    """The Hub's id of the one licence that all datasets share; None where they differ or the Hub has no id for it."""
-    ids = {_HUB_SPELLINGS.get(licence.lower(), licence.lower()) if licence else None for licence in licences}
-    only = ids.pop() if len(ids) == 1 else None
-    return only if only in HUB_LICENCES else None
 
 
 def _header(recipe: dict, config: dict, name: str, evaluation: dict | None) -> tuple[ModelCardData, str]:
@@ -156,6 +142,13 @@ def _summary(recipe: dict, metrics: list[dict], config: dict) -> str:
     text = f"{architecture}{size}, {start} on {_tokens_seen(metrics):,} tokens."
     is_whole = _tokens_seen(metrics) >= resolved.get("num_tokens", 0)
     return text if is_whole else text + " The run has not finished: this is a state on the way."
+
+
+def _average(recipe: dict) -> str:
+    return (
+        "These weights are the exponential moving average of those that were trained, with a decay of "
+        f"{recipe['run']['ema']['decay']:g} for each step."
+    )
 
 
 def _usage(config: dict) -> str:

@@ -28,7 +28,7 @@ from data_prep.sizes import format_bytes
 SAVING = ".saving"
 UNSHARDED = ".unsharded"  # models made of sharded checkpoints (clm/unshard.py)
 # What only a resume needs, as globs; the rest of a checkpoint is a model in Hub format, its recipe and environment.
-RESUME_ONLY = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
+RESUME_ONLY = ("optimizer*", "training_weights*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
 RESUME_ONLY += ("global_step*/*", "latest", "latest_universal", "zero_to_fp32.py")  # DeepSpeed's
 RESUME_ONLY += ("sharded/*",)  # FSDP2's
 

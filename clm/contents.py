@@ -22,6 +22,8 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.training_args import ParallelMode
 
 from clm.order import ORDER_VERSION
+from clm.run_folder import EMA
+from clm.schedule_free import weights_to_save
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +55,12 @@ def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
     if getattr(trainer.accelerator, "scaler", None) is not None:
         files["scaler.pt"] = trainer.accelerator.scaler.state_dict()
     state = {"files": files, "trainer_state": trainer_state(trainer)}
-    return state if trainer.is_fsdp_enabled else {**state, "model": trainer.model.state_dict()}
+    if trainer.ema is not None:
+        state["ema"] = trainer.ema.state()
+    if not trainer.is_fsdp_enabled:
+        state["model"], more = weights_to_save(trainer.model, trainer.optimizer)
+        files |= more
+    return state
 
 
 def checkpoint_facts(trainer: ClmTrainer) -> dict[str, Any]:
@@ -107,6 +114,8 @@ def write_files(
         torch.save(value, folder / name)
     if "model" in state:
         model.save_pretrained(folder, state_dict=dict(state["model"]))
+    if "ema" in state:
+        model.save_pretrained(folder / EMA, state_dict=dict(state["ema"]))
     if "trainer_state" in state:
         if "model" not in state:
             write_configs(folder, model)

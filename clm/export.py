@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 KINDS = {"base": ("base",), "lm": ("lm",), "both": ("base", "lm")}
 
 
-def export_model(run: Path, checkpoint: int | None, what: str, out: Path | None, dtype: str) -> list[Path]:
+def export_model(
+    run: Path, checkpoint: int | None, what: str, out: Path | None, dtype: str, is_ema: bool = False
+) -> list[Path]:
     """Write the model's folders and prove that they load.
 
     Args:
         what: base, lm or both; both makes two subfolders of `out`.
-        out: default is runs/<name>/export (both), else runs/<name>/export/<what>.
+        out: default is runs/<name>/export (both), else runs/<name>/export/<what>; with is_ema export-ema.
         dtype: float32 or bfloat16, how the weights are stored.
+        is_ema: the averaged weights of run.ema.
     Raises:
         UserError: `out` is not empty, or the exported model computes something else.
     """
@@ -37,10 +40,11 @@ def export_model(run: Path, checkpoint: int | None, what: str, out: Path | None,
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = model_folder(run, checkpoint)
+    source = model_folder(run, checkpoint, is_ema)
     kinds = KINDS[what]
     if out is None:
-        out = run / "export" if len(kinds) > 1 else run / "export" / what
+        out = run / ("export-ema" if is_ema else "export")
+        out = out if len(kinds) > 1 else out / what
     folders = {kind: out / kind if len(kinds) > 1 else out for kind in kinds}
     for folder in folders.values():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -49,7 +53,8 @@ def export_model(run: Path, checkpoint: int | None, what: str, out: Path | None,
                 f"Name another folder, or: rm -r {folder}"
             )
     transformers.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(run, source), local_files_only=True)
+    beside = tokenizer_folder(run, model_folder(run, checkpoint))
+    tokenizer = AutoTokenizer.from_pretrained(beside, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), local_files_only=True).eval()
     for kind, folder in folders.items():
         part = model.base_model if kind == "base" else model
@@ -57,7 +62,7 @@ def export_model(run: Path, checkpoint: int | None, what: str, out: Path | None,
         shutil.rmtree(temporary, ignore_errors=True)
         part.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_card(run, temporary)
+        write_card(run, temporary, is_ema)
         _check_same_numbers(part, temporary, kind)
         if folder.exists():
             folder.rmdir()
@@ -89,8 +94,10 @@ def _output(model: PreTrainedModel, ids: torch.Tensor, kind: str) -> torch.Tenso
     return (result.last_hidden_state if kind == "base" else result.logits).float()
 
 
-def print_export(name: str, checkpoint: int | None, what: str, out: str | None, dtype: str) -> None:
+def print_export(
+    name: str, checkpoint: int | None, what: str, out: str | None, dtype: str, is_ema: bool = False
+) -> None:
     """`python -m clm export`: export and say where."""
-    for folder in export_model(find_run(name), checkpoint, what, Path(out) if out else None, dtype):
+    for folder in export_model(find_run(name), checkpoint, what, Path(out) if out else None, dtype, is_ema):
         size = sum(path.stat().st_size for path in folder.iterdir())
         print(f"{folder}  ({size / 1e6:,.1f} MB, {dtype}; loaded again: same numbers)")

@@ -38,9 +38,10 @@ class FastSteps(Trainer):
 
     def __init__(self, **kwargs: Any):
         args, speed = kwargs["args"], self.plan.speed
-        # of the present micro-batch of a mixture of experts: cross entropy and router loss
-        self._apart: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._router_losses: list[torch.Tensor] = []  # of the micro-batches since the last log point
+        # of the present micro-batch, where more than the cross entropy is trained on: it, router_loss and z_loss
+        self._apart: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, list[torch.Tensor]] = {}  # the latter of the micro-batches since the last log point
+        self._options = {"with_z_loss": True} if self.plan.recipe.run.z_loss else {}
         if args.torch_compile and speed.is_fast:
             # One graph for each shape: with Trainer's default the second shape, which evaluation or a stage brings,
             # makes torch.compile compile the training step anew with symbolic sizes, which are slower.
@@ -92,8 +93,8 @@ class FastSteps(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Stock (trainer.py, training_step) walks over all modules to set the training mode, and over the batch to move
-        it, in every micro-batch; both are as they should be. With a router loss, the cross entropy alone is returned,
-        which is what Trainer logs as `loss`."""
+        it, in every micro-batch; both are as they should be. With a router loss or a z-loss, the cross entropy alone is
+        returned, which is what Trainer logs as `loss`."""
         if self.plan.speed.loss is None or self._needs_stock_step:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
@@ -103,11 +104,11 @@ class FastSteps(Trainer):
                 loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self.accelerator.backward(loss)
             loss = loss.detach()
-        if self._apart is None:
+        if not self._apart:
             return loss
-        cross_entropy, router_loss = self._apart
-        self._router_losses.append(router_loss)
-        return cross_entropy
+        for name in self._apart.keys() - {"cross_entropy"}:
+            self._parts.setdefault(name, []).append(self._apart[name])
+        return self._apart["cross_entropy"]
 
     @property
     def _needs_stock_step(self) -> bool:
@@ -129,16 +130,27 @@ class FastSteps(Trainer):
         divided by their number: the step's is the mean over its micro-batches."""
         if self.plan.speed.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, num_items_in_batch=1)
-        loss = outputs.loss / num_items_in_batch
-        if self.args.world_size > 1:
-            loss = loss * self.args.world_size  # DDP takes the mean over processes
-        router_loss = getattr(outputs, "aux_loss", None)
+
+        def share_of_step(summed: torch.Tensor) -> torch.Tensor:
+            share = summed / num_items_in_batch
+            return share * self.args.world_size if self.args.world_size > 1 else share  # DDP takes the mean
+
+        outputs = model(**inputs, num_items_in_batch=1, **self._options)
+        loss = share_of_step(outputs.loss)
+        router_loss, z_loss = (getattr(outputs, name, None) for name in ("aux_loss", "z_loss"))
+        if router_loss is not None or z_loss is not None:
+            self._apart = {"cross_entropy": loss.detach()}
+        if z_loss is not None:
+            self._apart = {"cross_entropy": share_of_step(outputs.cross_entropy), "z_loss": share_of_step(z_loss)}
         if router_loss is not None:
-            self._apart = loss.detach(), router_loss.detach()
-            steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-            loss = loss + self.model.config.router_aux_loss_coef * router_loss / steps
+            self._apart["router_loss"] = router_loss.detach()
+            loss = loss + self.model.config.router_aux_loss_coef * router_loss / self._num_micro_batches
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _num_micro_batches(self) -> int:
+        """Of one device between two optimizer steps."""
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Stock (trainer.py, create_optimizer) has no Muon: `run.optimizer: muon` makes it, with AdamW's arguments as
@@ -154,15 +166,16 @@ class FastSteps(Trainer):
             self.optimizer = make_optimizer(self.model if model is None else model, adamw, args.weight_decay, muon)
         return self.optimizer
 
-    def take_router_loss(self) -> dict[str, float]:
-        """{"router_loss": its mean over the micro-batches since the last call, without coefficient}, or {}.
+    def take_parts(self) -> dict[str, float]:
+        """What is trained on beside the cross entropy, since the last call: the mean `router_loss` of a micro-batch,
+        without its coefficient, and the mean `z_loss` of a step, with it; {} without either.
 
         A collective that waits for the device: for log points."""
-        if not self._router_losses:
-            return {}
-        mean = torch.stack(self._router_losses).mean()
-        self._router_losses.clear()
-        return {"router_loss": self.accelerator.gather(mean).mean().item()}
+        means = {name: torch.stack(values).mean() for name, values in sorted(self._parts.items())}
+        self._parts = {}
+        if "z_loss" in means:
+            means["z_loss"] = means["z_loss"] * self._num_micro_batches  # each has its share of the step's
+        return {name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
 
 
 def make_collator(plan: Plan) -> Callable[..., dict[str, Any]]:

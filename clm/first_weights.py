@@ -49,11 +49,22 @@ def build_empty_model(section: ModelSection, config: PretrainedConfig, attention
 
 def fill_from_files(model: PreTrainedModel, folder: str) -> None:
     """Fill a divided model from a folder in Hub format."""
-    names = {name for name, _ in model.named_parameters()}
-    source = _open_weights(folder, names) or _load_whole(folder, model.config, model.config._attn_implementation)
+    source = weights_of_folder(model, folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fill(parameter, source(name, parameter.shape))
+
+
+def names_match(model: PreTrainedModel, folder: str) -> bool:
+    """Whether the files of a folder in Hub format name all parameters as the model does; of fused experts they name
+    each one."""
+    return _open_weights(folder, {name for name, _ in model.named_parameters()}) is not None
+
+
+def weights_of_folder(model: PreTrainedModel, folder: str) -> Source:
+    """The parameters of a model from a folder in Hub format, one at a time."""
+    names = {name for name, _ in model.named_parameters()}
+    return _open_weights(folder, names) or _load_whole(folder, model.config, model.config._attn_implementation)
 
 
 def _open_weights(init: str, names: set[str]) -> Source | None:

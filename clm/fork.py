@@ -22,7 +22,7 @@ from clm.events import append_event, read_events
 from clm.metrics import cut_back
 from clm.recipe import Recipe, load_recipe
 from clm.recipe_readers import read_mixture
-from clm.run_folder import find_run, list_checkpoints
+from clm.run_folder import EMA, find_run, list_checkpoints
 from data_prep.errors import UserError
 from data_prep.lock import folder_lock
 from data_prep.paths import runs_dir
@@ -137,7 +137,8 @@ def anneal_run(checkpoint: str, num_tokens: int, mixture: str | None, name: str 
 
 def _hash_of_weights(files: dict[str, dict[str, Any]]) -> str:
     """The SHA-256 of model.safetensors; of several files, shards included, that of the list of theirs."""
-    names = [name for name in sorted(files) if name.endswith(".safetensors") or name.startswith("sharded/")]
+    own = [name for name in sorted(files) if not name.startswith(f"{EMA}/")]
+    names = [name for name in own if name.endswith(".safetensors") or name.startswith("sharded/")]
     sums = [files[name]["sha256"] for name in names]
     return sums[0] if len(sums) == 1 else hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
@@ -160,10 +161,10 @@ def _write_recipe(document: dict[str, Any], path: Path) -> None:
 
 
 def _put_aside(run: Path, step: int) -> None:
-    """Move final/ and the checkpoints after `step` out of the way; nothing is deleted."""
+    """Move final/, final-ema/ and the checkpoints after `step` out of the way; nothing is deleted."""
     aside = run / f"before-extension-{len(list(run.glob('before-extension-*'))) + 1}"
     newer = [path for number, path in list_checkpoints(run) if number > step]
-    for path in [p for p in (run / "final",) if p.exists()] + newer:
+    for path in [p for p in (run / "final", run / "final-ema") if p.exists()] + newer:
         aside.mkdir(exist_ok=True)
         os.rename(path, aside / path.name)
     if aside.exists():

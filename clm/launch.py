@@ -24,6 +24,7 @@ from clm.metrics import log
 from clm.order import ORDER_VERSION
 from clm.plan import Plan
 from clm.run_folder import MANIFEST, PREFIX, list_checkpoints, list_weights
+from clm.schedule import num_warmup_steps
 from clm.timeline import Stage
 from data_prep.errors import UserError
 from data_prep.lock import folder_lock
@@ -81,6 +82,8 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
         "disable_tqdm": True,  # clm.metrics.Progress is the bar
         "eval_strategy": plan.training.get("eval_strategy", DEFAULTS["eval_strategy"]) if plan.validation else "no",
     }
+    if str(plan.training.get("optim", "")).startswith("schedule_free"):  # counts steps, and takes a share for a number
+        derived["warmup_steps"] = num_warmup_steps(plan.training, plan.num_steps)
     if not torch.cuda.is_available():
         derived["dataloader_pin_memory"] = False  # there is nothing to copy to
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

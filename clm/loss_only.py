@@ -1,7 +1,7 @@
 """A forward that returns the loss and no logits, put on a model in the place of transformers' own.
 
 In: a transformers model for causal language modelling. Out: the same model; a call with `shift_labels` gives a loss,
-any other call is transformers' forward, unchanged.
+any other call is transformers' forward, unchanged. In training it may add the z-loss, which keeps logits from drifting.
 
 transformers returns (B, T, V) logits beside the loss: the largest tensor of a training, kept through the whole
 backward, copied to fp32 by accelerate, and under torch.compile given a gradient of zeros of that size. Here it ends
@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import ModelOutput
 
 from clm.attention import with_masks
 from clm.dataset import IGNORE
@@ -52,14 +54,29 @@ CHUNK_ROWS_GPU = 8192  # fewer chunks: each reads and writes the head's gradient
 WAYS = ("whole", "chunked")
 
 
-def install(model: PreTrainedModel, way: str) -> None:
+@dataclass
+class TrainingLoss(ModelOutput):
+    """What the forward returns: `loss` is differentiated. With the z-loss its two parts are there too, detached; a
+    mixture's router loss, without its coefficient, is differentiated apart."""
+
+    loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    cross_entropy: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+
+
+def install(model: PreTrainedModel, way: str, z_loss: float | None = None) -> None:
     """Give this one model the forward; its class, names and files stay as they are.
 
     Args:
         way: whole or chunked.
+        z_loss: the coefficient of the z-loss, for calls with `with_z_loss`.
     """
     assert way in WAYS and model.config.model_type in MODEL_TYPES
     model.loss_only = way
+    model.z_loss = z_loss or 0.0
+    # of the module that defines the class, which FSDP2 replaces by one of its own
+    model.balancing_loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     model.forward = types.MethodType(_forward, model)
 
 
@@ -76,15 +93,20 @@ def _forward(
     num_items_in_batch: torch.Tensor | int | None = None,
     output_router_logits: bool | None = None,
     return_logits: bool = False,
+    with_z_loss: bool = False,
     **kwargs: Any,
 ) -> Any:
     """The mean loss of (B, T) `shift_labels`, or, with `num_items_in_batch`, their sum divided by it.
+
+    The z-loss is coefficient x (log Z)^2 for each target, Z the sum of exp(logits): it keeps log Z near 0. It is summed
+    and divided as the cross entropy is. Source: Chowdhery et al., "PaLM", 2022, section 5.
 
     Args:
         labels: not needed, not used beside shift_labels.
         output_router_logits: compute the router loss of a mixture of experts; None: as the config says. It is returned
             apart, as `aux_loss`, without its coefficient.
         return_logits: logits instead of a loss, by the same way through the model (for clm/document_mask.py).
+        with_z_loss: add the z-loss to the loss; evaluation does not.
         kwargs: for the model's body, e.g. position_ids.
     """
     if shift_labels is None and not return_logits:
@@ -92,7 +114,7 @@ def _forward(
         if output_router_logits is not None:
             kwargs["output_router_logits"] = output_router_logits
         return _stock_forward(self, input_ids, {name: v for name, v in kwargs.items() if v is not None})
-    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     kwargs["use_cache"] = False
     if output_router_logits is None:
@@ -102,15 +124,15 @@ def _forward(
     outputs = self.base_model(input_ids=input_ids, **kwargs)
     if return_logits:
         return CausalLMOutputWithPast(logits=self.lm_head(outputs.last_hidden_state))
-    loss = _sum_of_losses(self, outputs.last_hidden_state, shift_labels)
+    z_coefficient = self.z_loss if with_z_loss else 0.0
+    sums = _sum_losses(self, outputs.last_hidden_state, shift_labels, z_coefficient)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != IGNORE).sum()
-    loss = loss / num_items_in_batch
-    if not output_router_logits:
-        return CausalLMOutputWithPast(loss=loss)
-    balancing = sys.modules[type(self).__module__].load_balancing_loss_func
-    aux = balancing(outputs.router_logits, self.num_experts, self.num_experts_per_tok, None)
-    return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux)
+    loss, cross_entropy, z_loss = (None if each is None else each / num_items_in_batch for each in sums)
+    aux_loss = None
+    if output_router_logits:
+        aux_loss = self.balancing_loss(outputs.router_logits, self.num_experts, self.num_experts_per_tok, None)
+    return TrainingLoss(loss=loss, aux_loss=aux_loss, cross_entropy=cross_entropy, z_loss=z_loss)
 
 
 def _stock_forward(self: PreTrainedModel, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
@@ -119,13 +141,23 @@ def _stock_forward(self: PreTrainedModel, input_ids: torch.Tensor | None, kwargs
         return type(self).forward(self, input_ids=input_ids, **kwargs)
 
 
-def _sum_of_losses(self: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy in fp32 over the targets that are not -100; hidden (B, T, H), targets (B, T)."""
+def _sum_losses(
+    self: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor, z_coefficient: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Summed loss in fp32 over the targets that are not -100, and with a z-loss its parts, cross entropy and z-loss;
+    hidden (B, T, H), targets (B, T)."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if self.loss_only == "whole" or not torch.is_grad_enabled():
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+        logits = self.lm_head(hidden).float()
+        cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
+        if not z_coefficient:
+            return cross_entropy, None, None
+        z_loss = z_coefficient * (logits.logsumexp(dim=-1).square() * (targets != IGNORE)).sum()
+        return cross_entropy + z_loss, cross_entropy.detach(), z_loss.detach()
     chunk_rows = CHUNK_ROWS_GPU if hidden.device.type == "cuda" else CHUNK_ROWS
-    return ChunkedLoss.apply(hidden, self.lm_head.weight, self.lm_head.bias, targets, chunk_rows)
+    head = self.lm_head
+    loss, *parts = ChunkedLoss.apply(hidden, head.weight, head.bias, targets, chunk_rows, z_coefficient)
+    return (loss, *parts) if z_coefficient else (loss, None, None)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -142,8 +174,13 @@ class ChunkedLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         chunk_rows: int,
-    ) -> torch.Tensor:
-        """The loss, a scalar in fp32; hidden (N, H), weight (V, H), bias (V,), targets (N,) int64."""
+        z_coefficient: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss and its parts, cross entropy and z-loss, which have no gradient; scalars in fp32.
+
+        Args:
+            hidden, weight, bias, targets: (N, H), (V, H), (V,), (N,) int64.
+        """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         used_hidden, used_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
@@ -151,16 +188,22 @@ class ChunkedLoss(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         bias_grad = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        cross_entropy, z_loss = torch.zeros(2, dtype=torch.float32, device=hidden.device).unbind()
         with torch.autocast(kind, enabled=False):
             for first in range(0, len(targets), chunk_rows):
                 here = slice(first, first + chunk_rows)
                 rows, labels = used_hidden[here], targets[here]
-                log_p = F.linear(rows, used_weight, used_bias).float().log_softmax(dim=1)
+                logits = F.linear(rows, used_weight, used_bias).float()
+                log_z = logits.logsumexp(dim=1, keepdim=True) if z_coefficient else None
+                log_p = logits.log_softmax(dim=1)
+                del logits
                 is_target = (labels != IGNORE)[:, None]
                 index = labels.clamp(min=0)[:, None]
-                total -= (log_p.gather(1, index) * is_target).sum()
+                cross_entropy -= (log_p.gather(1, index) * is_target).sum()
                 by_logits = log_p.exp_()  # softmax minus one at the target: the gradient of the loss by the logits
+                if log_z is not None:  # that of c (log Z)^2 is 2 c log Z x softmax
+                    z_loss += z_coefficient * (log_z.square() * is_target).sum()
+                    by_logits *= 1 + 2 * z_coefficient * log_z
                 by_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=by_logits.dtype))
                 by_logits = by_logits.mul_(is_target).to(dtype)
                 hidden_grad[here] = by_logits @ used_weight
@@ -172,12 +215,13 @@ class ChunkedLoss(torch.autograd.Function):
                     bias_grad += by_logits.sum(0)
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return total
+        ctx.mark_non_differentiable(cross_entropy, z_loss)
+        return cross_entropy + z_loss, cross_entropy, z_loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, by_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, by_loss: torch.Tensor, *by_parts: None) -> tuple[torch.Tensor | None, ...]:
         """The gradients of forward, scaled, by hidden, weight and bias."""
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         for_bias = None if bias_grad is None else (bias_grad * by_loss).to(ctx.dtypes[1])
-        return hidden_grad.mul_(by_loss), weight_grad.mul_(by_loss).to(ctx.dtypes[0]), for_bias, None, None
+        return hidden_grad.mul_(by_loss), weight_grad.mul_(by_loss).to(ctx.dtypes[0]), for_bias, None, None, None

@@ -1,7 +1,7 @@
 """`python -m clm mirror`: a copy of a run's folder in a place that outlives the machine, such as a bucket.
 
 In: a run's folder, and a folder, s3://..., gs://... or any other place that fsspec knows. Out: there, the run's records
-(recipe.yaml, metrics.jsonl ...), its complete checkpoints and final/, and `mirror.json`, which lists what is whole:
+(recipe.yaml, metrics.jsonl ...), its complete checkpoints and models, and `mirror.json`, which lists what is whole:
 
     there/checkpoint-200/...   uploaded whole, then listed          mirror.json  {"folders": {"checkpoint-200": {...}}}
 
@@ -21,12 +21,15 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
 from clm.run_folder import MANIFEST, PREFIX, WEIGHTS_MANIFEST, list_checkpoints, list_weights
 from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
 
 LISTING = "mirror.json"
-FINAL = "final"
+FINAL, AVERAGE = "final", "final-ema"  # the second with run.ema; it is there before the first
 _NOT_COPIED = ("STOP", "SAVE")  # requests to a living run
 
 
@@ -38,8 +41,6 @@ class Mirror:
     """
 
     def __init__(self, run: Path, place: str):
-        import fsspec
-
         self.run, self.place = run, place.rstrip("/")
         try:
             self.system, self.root = fsspec.core.url_to_fs(self.place)
@@ -69,7 +70,7 @@ class Mirror:
         """Copy what is new here, remove there what this mirror copied and the run has since removed.
 
         Raises:
-            OSError: the place cannot be reached; what is listed there is still whole.
+            Exception: the place cannot be reached; what is listed there is still whole.
         """
         folders = self._complete()  # before the records, which then reach at least as far as these checkpoints
         records = {
@@ -112,12 +113,16 @@ class Mirror:
     def _complete(self) -> dict[str, Path]:
         """The complete folders of the run, by name."""
         found = [path for _, path in (*list_weights(self.run), *list_checkpoints(self.run))]
-        return {path.name: path for path in (*found, self.run / FINAL) if path.is_dir()}
+        return {path.name: path for path in (*found, self.run / AVERAGE, self.run / FINAL) if path.is_dir()}
 
     def _upload(self, path: Path, name: str) -> None:
         target = f"{self.root}/{name}"
-        self.system.makedirs(str(PurePosixPath(target).parent), exist_ok=True)
+        self._make_folder(str(PurePosixPath(target).parent))
         self.system.put_file(str(path), target)
+
+    def _make_folder(self, path: str) -> None:
+        if isinstance(self.system, LocalFileSystem):  # a bucket has none, and s3fs would make the bucket itself
+            self.system.makedirs(path, exist_ok=True)
 
     def _download(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,11 +134,11 @@ class Mirror:
             return json.loads(self.system.cat_file(path))
         except FileNotFoundError:
             return {"folders": {}, "records": {}}
-        except (OSError, ValueError) as error:
+        except Exception as error:  # botocore's and others' errors have nothing in common
             raise UserError(f"{self.place}/{LISTING}: cannot be read ({type(error).__name__}: {error}).") from error
 
     def _write_listing(self) -> None:
-        self.system.makedirs(self.root, exist_ok=True)
+        self._make_folder(self.root)
         self.system.pipe_file(f"{self.root}/{LISTING}", json.dumps(self.listing, indent=1).encode())
 
 
@@ -144,7 +149,7 @@ def restore_run(run: Path, place: str) -> None:
     try:
         if not mirror.restore():
             _say(f"{run} has all that is in {place}" if mirror.listing["folders"] else f"{place} holds nothing yet")
-    except OSError as error:
+    except Exception as error:  # as above
         raise UserError(f"{place}: cannot be read ({error}). The same command tries again.") from error
 
 
@@ -163,7 +168,7 @@ def mirror_run(run: Path, place: str, every: float, is_once: bool) -> None:
         began_at = time.monotonic()
         try:
             mirror.update()
-        except OSError as error:
+        except Exception as error:  # as above; the run goes on, and the next copy may arrive
             if is_last:
                 raise UserError(
                     f"{place}: cannot be written ({error}). What is listed in {LISTING} there is whole; the same "
@@ -180,8 +185,8 @@ def _newest(folders: Iterable[str]) -> int:
 
 
 def _step_of(name: str) -> int:
-    """The step of checkpoint-<step> or weights-<step>; final/ comes after all steps."""
-    return sys.maxsize if name == FINAL else int(name.rpartition("-")[2])
+    """The step of checkpoint-<step> or weights-<step>; the models of the end come after all steps, final/ last."""
+    return {FINAL: sys.maxsize, AVERAGE: sys.maxsize - 1}.get(name) or int(name.rpartition("-")[2])
 
 
 def _say(text: str) -> None:

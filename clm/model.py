@@ -207,6 +207,7 @@ def build_model(
     loss: str | None = None,
     is_fast: bool = False,
     is_sharded: bool = False,
+    z_loss: float | None = None,
 ) -> PreTrainedModel:
     """The model with its first weights, fp32 on the CPU (partitioned under ZeRO stage 3).
 
@@ -215,6 +216,7 @@ def build_model(
         loss: how the loss-only forward computes (clm/loss_only.py); None leaves the model its own.
         is_fast: experts follow autocast (clm/mixed_precision.py).
         is_sharded: FSDP2: its matrices have no memory yet; clm/fsdp.py divides and fills them.
+        z_loss: its coefficient in training, for the loss-only forward.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -222,7 +224,7 @@ def build_model(
 
     from clm.host_memory import freed_memory_goes_back
     from clm.loss_only import install
-    from clm.mixed_precision import cast_residual_stream, use_autocast_experts
+    from clm.mixed_precision import cast_residual_stream, use_autocast_experts, use_fp8
 
     register_mask_free()
 
@@ -251,10 +253,12 @@ def build_model(
         generation.eos_token_id = config.eos_token_id
     if section.residual_dtype == "bf16":
         cast_residual_stream(model)
+    if section.fp8:
+        use_fp8(model)
     if is_fast:
         use_autocast_experts(model)
     if loss is not None:
-        install(model, loss)
+        install(model, loss, z_loss)
     return model
 
 

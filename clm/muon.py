@@ -8,7 +8,8 @@ parameter goes where (each into exactly one group):
 
 Muon makes the update of a matrix orthogonal by five steps of a Newton-Schulz iteration in bf16. The formula and its
 constants are those of torch.optim.Muon, which takes 2-D parameters only and one at a time; here matrices of one shape
-are stacked and go through the iteration together, wide products instead of many small ones.
+are stacked and go through the iteration together, wide products instead of many small ones. Under FSDP2 each matrix is
+put together on one rank for it (clm/muon_sharded.py).
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; torch/optim/_muon.py.
 """
@@ -22,8 +23,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW, Optimizer
+
+from clm.fsdp import local_of
+from clm.muon_sharded import orthogonalize_divided, shard_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon
 NUM_ITERATIONS = 5
 SMALLEST_NORM = 1e-7
-STACK_ELEMENTS = 2**27  # at most so many in one stack: 256 MiB in bf16, and about three times that at work
+STACK_ELEMENTS = 2**27  # at most so many in one rank's stack: 256 MiB in bf16, and about three times that at work
 ROUTERS = ("gate.weight", "router.weight")
 
 
@@ -122,12 +127,13 @@ class MuonAdamW(Optimizer):
         stacks: dict[Any, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                stacks[parameter.shape[-2:], parameter.device].append(parameter)
-        for (shape, _), parameters in stacks.items():
+                stacks[parameter.shape[-2:], parameter.device, parameter.dim()].append(parameter)
+        for (shape, *_), parameters in stacks.items():
             batch: list[nn.Parameter] = []
             num_elements = 0
+            ranks = dist.get_world_size(shard_group(parameters[0])) if _is_divided(parameters[0]) else 1
             for parameter in parameters:
-                if batch and num_elements + parameter.numel() > STACK_ELEMENTS:
+                if batch and num_elements + parameter.numel() > STACK_ELEMENTS * ranks:
                     self._update(batch, shape, group)
                     batch, num_elements = [], 0
                 batch.append(parameter)
@@ -141,14 +147,23 @@ class MuonAdamW(Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-            nesterov = parameter.grad.lerp(state["momentum_buffer"], momentum)
-            wished.append(nesterov.bfloat16().view(-1, *shape))
-        updates = orthogonalize(torch.cat(wished)).split([len(each) for each in wished])
+            grad, buffer = local_of(parameter.grad), local_of(state["momentum_buffer"])
+            buffer.lerp_(grad, 1 - momentum)
+            wished.append(grad.lerp(buffer, momentum).bfloat16())
+        if _is_divided(parameters[0]) and parameters[0].dim() == 2:
+            updates = orthogonalize_divided(wished, shape[0], shard_group(parameters[0]), orthogonalize)
+        else:  # whole, or divided by experts
+            stacked = [each.view(-1, *shape) for each in wished]
+            updates = orthogonalize(torch.cat(stacked)).split([len(each) for each in stacked])
         by_shape = adjusted_rate(rate, group["adjust"], shape)
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.add_(update.view_as(parameter), alpha=-by_shape)
+            own = local_of(parameter)
+            own.mul_(1 - rate * group["weight_decay"])
+            own.add_(update.view_as(own), alpha=-by_shape)
+
+
+def _is_divided(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")
 
 
 def orthogonalize(stack: torch.Tensor) -> torch.Tensor:

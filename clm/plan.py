@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 from clm.arguments import check_training
 from clm.dataset import ValidationRows
 from clm.document_mask import DocumentMask
+from clm.ema import check_ema
 from clm.fsdp import check_fsdp
 from clm.inputs import CatalogueSplit, cannot_be_split, load_model_config, load_tokenizer, open_mixture, open_validation
 from clm.layout import lay_out, make_order, make_timeline
 from clm.model import check_model, check_samples, count_parameters, with_rope
 from clm.order import Order
+from clm.precision import check_fp8, choose_precision, has_gpu
 from clm.recipe import Recipe
 from clm.run_folder import list_checkpoints
 from clm.schedule import learning_rate_factor
+from clm.schedule_free import check_schedule_free
 from clm.speed import Speed, choose_speed
 from clm.spikes import check_policy
 from clm.timeline import Ranges, Stage, Timeline
@@ -116,10 +119,23 @@ class Plan:
         return {name: split.manifest.fingerprint for name, split in pairs}
 
     @property
+    def weights_bytes(self) -> int:
+        """The fp32 weights, and with run.ema their average: what is left of a run at its end."""
+        return self.num_parameters * BYTES_PER_PARAMETER * (1 if self.recipe.run.ema.decay is None else 2)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Estimated size of the optimizer's state: two moments, Lion's one."""
+        optim = str(self.training.get("optim", ""))
+        moments = 1 if "lion" in optim else 2
+        bits = 8 if "8bit" in optim else 4 if "4bit" in optim else 32
+        return self.num_parameters * moments * bits // 8
+
+    @property
     def checkpoint_bytes(self) -> int:
-        """Estimated size of one checkpoint: fp32 weights and the optimizer's two moments."""
-        moments = 2 if "8bit" in str(self.training.get("optim", "")) else 8
-        return self.num_parameters * (BYTES_PER_PARAMETER + moments)
+        """Estimated size of one checkpoint; a schedule-free optimizer has two sets of weights."""
+        is_twofold = str(self.training.get("optim", "")).startswith("schedule_free")
+        return self.weights_bytes + self.optimizer_bytes + is_twofold * self.num_parameters * BYTES_PER_PARAMETER
 
     def learning_rate_factor(self) -> Callable[[int], float]:
         """The share of the peak learning rate that the step after k finished ones uses (clm/schedule.py)."""
@@ -163,11 +179,15 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     if splits and len(splits) == len(data.datasets) and all(data.mixture_of(stage) for stage in data.all_stages):
         stages = lay_out(recipe.data, splits, problems)
         _check_stages(recipe, training, stages, splits, num_processes)
-    precision, why_precision = _choose_precision(training, problems)
+    precision, why_precision = choose_precision(training, problems)
     check_policy(recipe, training, precision)
+    check_schedule_free(recipe, training)
     check_fsdp(recipe, training, num_processes)
+    check_ema(recipe, training, [rows.name for rows in validation])
     block_size = max([item.block_size or data.block_size for item in data.all_stages])
-    speed = choose_speed(recipe, training, config, block_size, precision, _has_gpu(training))
+    speed = choose_speed(recipe, training, config, block_size, precision, has_gpu(training))
+    num_parameters = 0 if config is None else count_parameters(config)
+    check_fp8(recipe, training, num_parameters, precision, speed.compiled)
     problems.raise_if_any()
     timeline = make_timeline(stages)
     plan = Plan(
@@ -179,7 +199,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         order=make_order(timeline, splits, data_seed(training), recipe.data.shuffle),
         config=config,
         tokenizer=tokenizer,
-        num_parameters=0 if config is None else count_parameters(config),
+        num_parameters=num_parameters,
         num_processes=num_processes,
         precision=precision,
         precision_reason=why_precision,
@@ -303,35 +323,10 @@ def _check_passes(plan: Plan) -> None:
 def _check_disk(plan: Plan) -> None:
     existing = next(p for p in (plan.run_folder, *plan.run_folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    need = plan.checkpoint_bytes + plan.num_parameters * BYTES_PER_PARAMETER
+    need = plan.checkpoint_bytes + plan.weights_bytes
     if free < need and not list_checkpoints(plan.run_folder):  # with checkpoints, run.retention may make room
         plan.recipe.problems.add(
             "run.retention",
             f"needs room for a checkpoint and final/ ({format_bytes(need)}) but {existing} has {format_bytes(free)} "
             "free. Free some, or set RUNS_DIR to another disk.",
         )
-
-
-def _has_gpu(training: dict[str, Any]) -> bool:
-    import torch
-
-    return torch.cuda.is_available() and not training.get("use_cpu", False)
-
-
-def _choose_precision(training: dict[str, Any], problems: Any) -> tuple[str, str]:
-    """bf16 where the GPU has it, else fp32; what the recipe says is obeyed or refused."""
-    import torch
-
-    if training.get("bf16") and training.get("fp16"):
-        problems.add("training.fp16", "is true together with training.bf16. Choose one; bf16 needs no loss scaling.")
-    if training.get("fp16"):
-        if not _has_gpu(training):
-            problems.add("training.fp16", "is true but there is no CUDA GPU. Remove it.")
-        return "fp16", "training.fp16 is true"
-    if training.get("bf16") is not None:
-        return ("bf16" if training["bf16"] else "fp32"), f"training.bf16 is {str(training['bf16']).lower()}"
-    if not _has_gpu(training):
-        return "fp32", "there is no CUDA GPU"
-    if torch.cuda.is_bf16_supported():
-        return "bf16", f"{torch.cuda.get_device_name()} has it; weights stay fp32"
-    return "fp32", f"{torch.cuda.get_device_name()} has no bf16"

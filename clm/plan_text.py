@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from clm.plan import Plan
     from clm.timeline import Stage
 
-BYTES_PER_PARAMETER = 4  # of final/, fp32
-
 
 def learning_rates(plan: Plan, steps: list[int]) -> list[float]:
     """The learning rate of the optimizer step after k finished ones, for each k of `steps`."""
@@ -31,7 +29,8 @@ def describe_plan(plan: Plan) -> str:
         if plan.config is None
         else f"model        {plan.config.model_type}, {plan.num_parameters:,} parameters "
         f"({plan.num_parameters / 1e6:.2f} x 10^6, {plan.num_parameters / 2**20:.2f} x 2^20), {weights}",
-        f"precision    {plan.precision}: {plan.precision_reason}",
+        f"precision    {plan.precision}{', matrix products of the blocks in fp8' if plan.recipe.model.fp8 else ''}: "
+        f"{plan.precision_reason}",
         f"attention    {plan.attention}: {plan.speed.attention_reason}",
         *_speed(plan),
     ]
@@ -66,12 +65,16 @@ def describe_plan(plan: Plan) -> str:
 def _speed(plan: Plan) -> list[str]:
     speed = plan.speed
     loss = f"{speed.loss}, without logits" if speed.loss else "of the model's own forward"
-    muon = plan.recipe.run.muon
+    muon, z_loss = plan.recipe.run.muon, plan.recipe.run.z_loss
+    if z_loss:
+        loss += f", with z-loss {z_loss:g} x (log Z)^2"
     optimizer = plan.training.get("optim", DEFAULTS["optim"])
     if plan.recipe.run.optimizer == "muon":
         optimizer = f"muon at {muon.learning_rate:g} for hidden matrices, {optimizer} for the rest"
+    decay = plan.recipe.run.ema.decay
     return [
         f"optimizer    {optimizer}",
+        *([f"average      of the weights, decay {decay:g} (run.ema)"] if decay is not None else []),
         f"loss         {loss}: {speed.loss_reason}",
         f"compiled     {'yes' if speed.compiled else 'no'}: {speed.compiled_reason}",
     ]
@@ -152,7 +155,8 @@ def _disk(plan: Plan) -> str:
         parts.append(f"one every {format_count(keep.every_tokens)} tokens")
     if keep.weights != "none":
         parts.append(f"the weights of {'all' if keep.weights == 'all' else keep.weights} others")
+    finals = "final/" if plan.recipe.run.ema.decay is None else "final/ and final-ema/"
     return (
-        f"disk         {', '.join(parts)}, about {format_bytes(plan.checkpoint_bytes)} each, and final/ of "
-        f"{format_bytes(plan.num_parameters * BYTES_PER_PARAMETER)} under {plan.run_folder}"
+        f"disk         {', '.join(parts)}, about {format_bytes(plan.checkpoint_bytes)} each, and {finals} of "
+        f"{format_bytes(plan.weights_bytes)} under {plan.run_folder}"
     )

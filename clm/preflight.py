@@ -20,7 +20,6 @@ from accelerate.utils import gather_object
 from clm.checkpoint import SAVING, explain_failure, find_changed, free_bytes, total_bytes, write_json
 from clm.contents import collect
 from clm.metrics import log
-from clm.plan import BYTES_PER_PARAMETER
 from clm.retention import count_kept
 from clm.run_folder import PREFIX
 from clm.sharded import SHARDED
@@ -95,12 +94,11 @@ def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, floa
         saver.shards.take(saver.shards.collect())
         saver.write(folder, collect(saver.trainer, saver.is_publisher))
         plan = saver.trainer.plan
-        ballast_bytes = plan.checkpoint_bytes - plan.num_parameters * BYTES_PER_PARAMETER
         if saver.shards.is_used:
-            share = ballast_bytes // len(saver.ranks)
+            share = plan.optimizer_bytes // len(saver.ranks)
             _write_ballast(folder / f"ballast-{saver.rank}", share, [*folder.glob(f"{SHARDED}/__{saver.rank}_*")])
         elif saver.is_publisher:
-            _write_ballast(folder / "ballast", ballast_bytes, [*folder.glob("*.safetensors")])
+            _write_ballast(folder / "ballast", plan.optimizer_bytes, [*folder.glob("*.safetensors")])
     files = saver.hash_own_files(folder)
     write_s = time.perf_counter() - started_at
     started_at = time.perf_counter()
@@ -138,7 +136,7 @@ def _forget(path: Path) -> None:
 def _check_room(saver: Saver, num_bytes: int) -> dict[str, Any]:
     """How much the run will hold at most, and what is free."""
     trainer, plan = saver.trainer, saver.trainer.plan
-    weights_bytes = plan.num_parameters * BYTES_PER_PARAMETER
+    weights_bytes = plan.weights_bytes
     num_saves = math.ceil(trainer.state.max_steps / trainer.state.save_steps) + len(plan.timeline.stages) - 1
     num_full, num_weights = count_kept(saver.settings.retention, num_saves, plan.timeline.num_tokens)
     need = (num_full + 1) * num_bytes + (num_weights + 1) * weights_bytes

@@ -6,6 +6,7 @@ problem that names file, line, key, value and remedy.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -133,3 +134,19 @@ def read_positive_number(raw: dict, key: str, default: float, problems: Problems
         problems.add(key, f"is {value!r} but must be a number above 0.")
         return default
     return float(value)
+
+
+def read_mapping(raw: dict, key: str, problems: Problems) -> dict[str, Any]:
+    """A mapping of keys; {} where the key is not set."""
+    value = raw.get(key.rpartition(".")[2])
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.add(key, f"is {value!r} but must be a mapping of keys.")
+        return {}
+    return dict(value)
+
+
+def keys_of(section: type) -> set[str]:
+    """The names of a dataclass's fields."""
+    return {f.name for f in dataclasses.fields(section)}

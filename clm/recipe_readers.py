@@ -5,7 +5,6 @@ In: the section's mapping as YAML gave it. Out: the dataclass of clm/recipe_sect
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 from clm.attention import ATTENTION_CHOICES
 from clm.problems import (
     Problems,
+    keys_of,
     read_boolean,
     read_choice,
     read_count,
+    read_mapping,
     read_not_negative,
     read_optional_count,
     read_optional_number,
@@ -23,11 +24,11 @@ from clm.problems import (
     read_text,
     refuse_unknown,
 )
+from clm.recipe_optimizer import read_ema, read_muon
 from clm.recipe_sections import (
     DataSection,
     MixtureItem,
     ModelSection,
-    MuonSettings,
     Retention,
     RunSection,
     SampleSettings,
@@ -40,7 +41,6 @@ from clm.timeline import Schedule
 
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
 OPTIMIZERS = ("trainer", "muon")
-ADJUSTMENTS = ("original", "match_rms_adamw")
 SPIKE_POLICIES = ("log", "report", "skip", "rollback")
 FULL_DISK_CHOICES = ("continue", "pause", "stop")
 AMOUNTS = ("weight", "tokens", "epochs")
@@ -48,14 +48,15 @@ AMOUNTS = ("weight", "tokens", "epochs")
 
 def read_model(raw: dict, problems: Problems) -> ModelSection:
     """`model:`."""
-    refuse_unknown("model", raw, _keys(ModelSection), problems)
+    refuse_unknown("model", raw, keys_of(ModelSection), problems)
     section = ModelSection(
         config=read_text(raw, "model.config", None, problems),
         init=read_text(raw, "model.init", "random", problems),
         attention=read_choice(raw, "model.attention", "auto", ATTENTION_CHOICES, problems),
         scaled_init=read_boolean(raw, "model.scaled_init", False, problems),
         residual_dtype=read_choice(raw, "model.residual_dtype", "fp32", ("fp32", "bf16"), problems),
-        rope=_read_mapping(raw, "model.rope", problems),
+        fp8=read_boolean(raw, "model.fp8", False, problems),
+        rope=read_mapping(raw, "model.rope", problems),
     )
     if section.init == "random" and not section.config:
         problems.add(
@@ -79,7 +80,7 @@ def read_model(raw: dict, problems: Problems) -> ModelSection:
 
 def read_data(raw: dict, problems: Problems) -> DataSection:
     """`data:`."""
-    refuse_unknown("data", raw, _keys(DataSection), problems)
+    refuse_unknown("data", raw, keys_of(DataSection), problems)
     stages = _read_stages(raw.get("stages"), problems)
     needs_mixture = not stages or any(stage.mixture is None for stage in stages)
     mixture = read_mixture(raw.get("mixture"), "data.mixture", problems) if needs_mixture or raw.get("mixture") else ()
@@ -114,15 +115,17 @@ def read_data(raw: dict, problems: Problems) -> DataSection:
 
 def read_run(raw: dict, problems: Problems) -> RunSection:
     """`run:`."""
-    refuse_unknown("run", raw, _keys(RunSection), problems)
+    refuse_unknown("run", raw, keys_of(RunSection), problems)
     return RunSection(
-        samples=_read_samples(_read_mapping(raw, "run.samples", problems), problems),
-        retention=_read_retention(_read_mapping(raw, "run.retention", problems), problems),
-        spikes=_read_spikes(_read_mapping(raw, "run.spikes", problems), problems),
+        samples=_read_samples(read_mapping(raw, "run.samples", problems), problems),
+        retention=_read_retention(read_mapping(raw, "run.retention", problems), problems),
+        spikes=_read_spikes(read_mapping(raw, "run.spikes", problems), problems),
         speed=read_choice(raw, "run.speed", "fast", SPEEDS, problems),
         loss=read_choice(raw, "run.loss", "auto", LOSSES, problems),
         optimizer=read_choice(raw, "run.optimizer", "trainer", OPTIMIZERS, problems),
-        muon=_read_muon(raw, problems),
+        muon=read_muon(raw, problems),
+        ema=read_ema(raw, problems),
+        z_loss=read_optional_number(raw, "run.z_loss", problems),
         schedule_tokens=read_optional_count(raw, "run.schedule_tokens", problems),
         warmup_tokens=read_optional_count(raw, "run.warmup_tokens", problems),
         decay_tokens=read_optional_count(raw, "run.decay_tokens", problems),
@@ -136,7 +139,7 @@ def read_run(raw: dict, problems: Problems) -> RunSection:
 
 
 def _read_samples(raw: dict, problems: Problems) -> SampleSettings:
-    refuse_unknown("run.samples", raw, _keys(SampleSettings), problems)
+    refuse_unknown("run.samples", raw, keys_of(SampleSettings), problems)
     prompts = raw.get("prompts") or []
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
         problems.add("run.samples.prompts", f"is {prompts!r} but must be a list of texts.")
@@ -149,28 +152,8 @@ def _read_samples(raw: dict, problems: Problems) -> SampleSettings:
     )
 
 
-def _read_muon(raw: dict, problems: Problems) -> MuonSettings:
-    settings = _read_mapping(raw, "run.muon", problems)
-    refuse_unknown("run.muon", settings, _keys(MuonSettings), problems)
-    momentum = read_positive_number(settings, "run.muon.momentum", 0.95, problems)
-    if momentum >= 1:
-        problems.add("run.muon.momentum", f"is {momentum} but must be below 1.")
-    decay = settings.get("weight_decay")
-    if decay is not None and decay != 0:  # 0 switches it off, which "a number above 0" would refuse
-        decay = read_positive_number(settings, "run.muon.weight_decay", 0.1, problems)
-    muon = MuonSettings(
-        learning_rate=read_positive_number(settings, "run.muon.learning_rate", 0.02, problems),
-        momentum=momentum,
-        weight_decay=decay,
-        adjust=read_choice(settings, "run.muon.adjust", "original", ADJUSTMENTS, problems),
-    )
-    if muon != MuonSettings() and raw.get("optimizer") != "muon":  # a run's record has the defaults written out
-        problems.add("run.muon", "is set but run.optimizer is not muon. Set run.optimizer: muon, or remove it.")
-    return muon
-
-
 def _read_retention(raw: dict, problems: Problems) -> Retention:
-    refuse_unknown("run.retention", raw, _keys(Retention), problems)
+    refuse_unknown("run.retention", raw, keys_of(Retention), problems)
     weights = raw.get("weights", "none")
     if weights not in ("none", "all"):
         weights = read_not_negative(raw, "run.retention.weights", 0, problems, "none, all or a whole number")
@@ -189,7 +172,7 @@ def _read_retention(raw: dict, problems: Problems) -> Retention:
 
 
 def _read_spikes(raw: dict, problems: Problems) -> SpikeSettings:
-    refuse_unknown("run.spikes", raw, _keys(SpikeSettings), problems)
+    refuse_unknown("run.spikes", raw, keys_of(SpikeSettings), problems)
     return SpikeSettings(
         policy=read_choice(raw, "run.spikes.policy", "report", SPIKE_POLICIES, problems),
         window=read_count(raw, "run.spikes.window", problems, 128),
@@ -216,7 +199,7 @@ def read_mixture(value: Any, key: str, problems: Problems) -> tuple[MixtureItem,
                 f"name one, for example {{dataset: {entry['dataset']}/high}}.",
             )
             entry = {k: v for k, v in entry.items() if k != name}
-        refuse_unknown(where, entry, _keys(MixtureItem), problems)
+        refuse_unknown(where, entry, keys_of(MixtureItem), problems)
         given = [name for name in AMOUNTS if entry.get(name) is not None]
         if len(given) > 1:
             problems.add(where, f"has {' and '.join(given)}. Say how much of {entry['dataset']} in one of them.")
@@ -249,7 +232,7 @@ def _read_stages(value: Any, problems: Problems) -> tuple[StageItem, ...]:
         if not isinstance(entry, dict):
             problems.add(where, f"is {entry!r} but must be a mapping with name, tokens and what changes in the stage.")
             continue
-        refuse_unknown(where, entry, _keys(StageItem), problems)
+        refuse_unknown(where, entry, keys_of(StageItem), problems)
         name = read_text(entry, f"{where}.name", f"stage {i + 1}", problems)
         if any(stage.name == name for stage in stages):
             problems.add(
@@ -264,7 +247,7 @@ def _read_stages(value: Any, problems: Problems) -> tuple[StageItem, ...]:
                 block_size=read_optional_count(entry, f"{where}.block_size", problems),
                 tokens_per_step=read_optional_count(entry, f"{where}.tokens_per_step", problems),
                 schedule=_read_schedule(entry, f"{where}.schedule", problems),
-                rope=_read_mapping(entry, f"{where}.rope", problems),
+                rope=read_mapping(entry, f"{where}.rope", problems),
             )
         )
     return tuple(stages)
@@ -273,8 +256,8 @@ def _read_stages(value: Any, problems: Problems) -> tuple[StageItem, ...]:
 def _read_schedule(entry: dict, key: str, problems: Problems) -> Schedule | None:
     if entry.get("schedule") is None:
         return None
-    raw = _read_mapping(entry, key, problems)
-    refuse_unknown(key, raw, _keys(Schedule), problems)
+    raw = read_mapping(entry, key, problems)
+    refuse_unknown(key, raw, keys_of(Schedule), problems)
     shape = read_choice(raw, f"{key}.shape", None, SHAPES, problems)
     end = raw.get("end")
     if shape == "constant":
@@ -302,7 +285,7 @@ def _read_validation(value: Any, problems: Problems) -> tuple[ValidationItem, ..
                 where, f"is {entry!r} but must be a mapping with dataset: NAME and, optionally, tokens: NUMBER."
             )
             continue
-        refuse_unknown(where, entry, _keys(ValidationItem), problems)
+        refuse_unknown(where, entry, keys_of(ValidationItem), problems)
         items.append(ValidationItem(entry["dataset"], read_optional_count(entry, f"{where}.tokens", problems)))
     return tuple(items)
 
@@ -317,22 +300,8 @@ def _read_tokenizer(value: Any, problems: Problems) -> str | None:
     return None
 
 
-def _read_mapping(raw: dict, key: str, problems: Problems) -> dict[str, Any]:
-    value = raw.get(key.rpartition(".")[2])
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        problems.add(key, f"is {value!r} but must be a mapping of keys.")
-        return {}
-    return dict(value)
-
-
 def _has_amounts(mixture: tuple[MixtureItem, ...]) -> bool:
     return bool(mixture) and all(item.weight is None for item in mixture)
-
-
-def _keys(section: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(section)}
 
 
 def _looks_like_path(text: str) -> bool:

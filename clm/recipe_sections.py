@@ -88,6 +88,13 @@ class MuonSettings:
     adjust: str = "original"
 
 
+@dataclass(frozen=True)
+class EmaSettings:
+    """The moving average of the weights (clm/ema.py); `decay` None: there is none."""
+
+    decay: float | None = None
+
+
 @dataclass
 class ModelSection:
     """What is trained. `config`: architecture for `init: random`; `init`: random, or a folder or Hub id to continue."""
@@ -97,6 +104,7 @@ class ModelSection:
     attention: str = "auto"
     scaled_init: bool = False
     residual_dtype: str = "fp32"
+    fp8: bool = False
     rope: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,6 +155,8 @@ class RunSection:
     loss: str = "auto"
     optimizer: str = "trainer"
     muon: MuonSettings = field(default_factory=MuonSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    z_loss: float | None = None
     schedule_tokens: int | None = None
     warmup_tokens: int | None = None
     decay_tokens: int | None = None

@@ -13,6 +13,7 @@ from clm.ddp import settle_buckets
 from clm.document_mask import check_run
 from clm.order import derive_key
 from clm.preflight import run_preflight
+from clm.schedule_free import begin_training
 
 if TYPE_CHECKING:
     from clm.trainer import ClmTrainer
@@ -40,6 +41,7 @@ class RunFlow(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
         self._seed_dropout(args, state.global_step)
+        begin_training(self.trainer.optimizer)
         settle_buckets(self.trainer)
         if self.pending_loss is not None:
             self.trainer.restore_pending_loss(self.pending_loss)

@@ -17,6 +17,7 @@ from data_prep.errors import UserError, nearest
 from data_prep.paths import runs_dir
 
 PREFIX, MANIFEST = "checkpoint-", "checkpoint.json"  # resumable; its manifest is written last
+EMA = "ema"  # in a checkpoint: its averaged weights (clm/ema.py)
 WEIGHTS_PREFIX, WEIGHTS_MANIFEST = "weights-", "weights.json"  # a checkpoint that was reduced to its weights
 
 
@@ -94,9 +95,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def last_evaluation(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The newest evaluation among the objects of metrics.jsonl, or None."""
-    return next((record for record in reversed(metrics) if "eval_loss" in record), None)
+def last_evaluation(metrics: list[dict[str, Any]], is_ema: bool = False) -> dict[str, Any] | None:
+    """The newest evaluation among the objects of metrics.jsonl, or None.
+
+    Args:
+        is_ema: of the averaged weights (run.ema), under the names of the weights' own.
+    """
+    found = next((record for record in reversed(metrics) if "eval_loss" in record), None)
+    if not is_ema or found is None:
+        return found
+    return found | {k.replace("eval_ema_", "eval_"): v for k, v in found.items() if k.startswith("eval_ema_")}
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -121,9 +129,11 @@ def _list_folders(run: Path, prefix: str, manifest: str) -> list[tuple[int, Path
     return sorted(found)
 
 
-def model_folder(run: Path, checkpoint: int | None = None) -> Path:
+def model_folder(run: Path, checkpoint: int | None = None, is_ema: bool = False) -> Path:
     """The folder to load the model from: final/, or one checkpoint, which may hold weights only.
 
+    Args:
+        is_ema: the averaged weights of run.ema: final-ema/, or ema/ in the checkpoint.
     Raises:
         UserError: it does not exist; says what does, and how to use it.
     """
@@ -144,6 +154,10 @@ def model_folder(run: Path, checkpoint: int | None = None) -> Path:
                     "It has no checkpoint yet either. Wait for one, or train again with the same recipe to continue."
                 )
             raise UserError(f"{folder}: does not exist, because the run has not finished. {remedy}")
+    if is_ema:
+        folder = folder / EMA if checkpoint is not None else run / "final-ema"
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: does not exist, because the run was made without run.ema. Leave out --ema.")
     if (folder / "sharded").is_dir():  # of FSDP2
         from clm.unshard import model_of_shards
 

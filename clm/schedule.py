@@ -29,8 +29,7 @@ def learning_rate_factor(
         schedule_tokens: the run's schedule spans so many tokens; None: the whole run.
     """
     horizon = math.ceil((schedule_tokens or timeline.num_tokens) / tokens_per_step)
-    warmup = training.get("warmup_steps", 0) or 0
-    warmup = int(warmup) if warmup >= 1 else math.ceil(horizon * warmup)
+    warmup = num_warmup_steps(training, horizon)
     run_curve = _run_schedule(training, warmup, horizon)
 
     def run_factor(num_tokens: int) -> float:
@@ -56,6 +55,12 @@ def learning_rate_factor(
         return factor_in(timeline.stage_of_step(step).index, timeline.tokens_before(num_steps))
 
     return factor
+
+
+def num_warmup_steps(training: dict[str, Any], horizon: int) -> int:
+    """training.warmup_steps as a number of steps, where below 1 it is a share of the schedule's `horizon`."""
+    warmup = training.get("warmup_steps", 0) or 0
+    return int(warmup) if warmup >= 1 else math.ceil(horizon * warmup)
 
 
 def _run_schedule(training: dict[str, Any], warmup: int, horizon: int) -> Callable[[float], float]:

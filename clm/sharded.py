@@ -234,6 +234,7 @@ def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: Any) -> 
     """The optimizer's state from a sharded checkpoint; the optimizer may be fresh."""
     optimizer, about = _plain(optimizer), _read_metadata(checkpoint / SHARDED / METADATA).state_dict_metadata
     owners = {name: parameter for name, parameter in model.named_parameters()}
+    fused = _fused(optimizer)
     state: dict[str, Any] = {}
     for full_name, facts in about.items():
         if not full_name.startswith(_OPTIMIZER):
@@ -243,7 +244,7 @@ def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer: Any) -> 
         if facts.size == parameter.shape:
             value = torch.empty_like(parameter, dtype=facts.properties.dtype, requires_grad=False)
         else:  # a step counter; on the device where the optimizer is fused
-            device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+            device = parameter.device if parameter in fused else "cpu"
             value = torch.empty(facts.size, dtype=facts.properties.dtype, device=device)
         state[full_name] = optimizer.state.setdefault(parameter, {})[key] = value
     state[_GROUPS] = None
@@ -262,7 +263,7 @@ def load_plain_optimizer(file: Path, optimizer: Any) -> None:
                     own = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                     fill(own, value)
                 elif torch.is_tensor(value):
-                    own = value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
+                    own = value.to(parameter.device if group.get("fused") else "cpu", copy=True)
                 else:
                     own = value
                 optimizer.state.setdefault(parameter, {})[key] = own
@@ -284,3 +285,8 @@ def read_model_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     """Below accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
+    """The parameters that a fused kernel updates; it wants their step counters on the device."""
+    return {parameter for group in optimizer.param_groups if group.get("fused") for parameter in group["params"]}

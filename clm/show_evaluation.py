@@ -34,6 +34,8 @@ def _say(trainer: ClmTrainer, metrics: dict[str, Any]) -> None:
         f"{metrics['eval_num_tokens']:,}",
         metrics["eval_time_s"],
     )
+    if "eval_ema_loss" in metrics:
+        log.info("of the averaged weights (run.ema): validation loss %.4f", metrics["eval_ema_loss"])
     from clm.curve import draw_curve
 
     try:

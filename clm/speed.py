@@ -88,8 +88,12 @@ def choose_speed(
 
 def is_engine_used(training: dict[str, Any]) -> bool:
     """Whether DeepSpeed or FSDP owns the weights: there a weight is only whole while its module is called."""
-    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    return bool(training.get("deepspeed")) or any(os.environ.get(name) == "true" for name in names)
+    return is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def is_deepspeed_used(training: dict[str, Any]) -> bool:
+    """Whether DeepSpeed owns the weights."""
+    return bool(training.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def _check_optimizer(recipe: Recipe, training: dict[str, Any]) -> None:
@@ -101,11 +105,17 @@ def _check_optimizer(recipe: Recipe, training: dict[str, Any]) -> None:
             "training.optim",
             f"is {optim} but run.optimizer is muon, beside which AdamW is torch's. Remove one of them.",
         )
-    if is_engine_used(training):
+    if is_deepspeed_used(training):
         recipe.problems.add(
             "run.optimizer",
-            "is muon but the weights are sharded (DeepSpeed or FSDP), and Muon needs whole matrices. Use DDP, or "
-            "run.optimizer: trainer.",
+            "is muon but DeepSpeed makes the update, of flat parts of the weights, and Muon needs whole matrices. Use "
+            "DDP or FSDP2, or run.optimizer: trainer.",
+        )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        recipe.problems.add(
+            "run.optimizer",
+            "is muon but the launcher's fsdp_offload_params keeps the weights on the CPU, which is too slow for its "
+            "iteration. Switch that off, or use run.optimizer: trainer.",
         )
 
 
@@ -142,6 +152,12 @@ def _choose_loss(
     if why_not is not None:
         if wanted != "auto":
             recipe.problems.add("run.loss", f"is {wanted} but {why_not}. Remove it.")
+        if recipe.run.z_loss:
+            recipe.problems.add(
+                "run.z_loss",
+                f"is {recipe.run.z_loss:g} but the model's own forward computes the loss ({why_not}), and it knows no "
+                "z-loss. Remove it.",
+            )
         return None, why_not
     why_whole = None
     if is_engine_used(training):

@@ -16,14 +16,18 @@ from transformers.trainer_callback import PrinterCallback
 from clm.block_record import BlockRecord
 from clm.checkpoint import SAVING
 from clm.dataset import OrderSampler, TrainBlocks, ValidationRows
+from clm.ema import PREFIX as EMA_PREFIX
+from clm.ema import Ema
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fast_steps import FastSteps, make_collator
+from clm.first_weights import fill_from_files, names_match
 from clm.fsdp import gather_state, shard
 from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
 from clm.metrics import JsonLines, Progress
 from clm.plan import Plan
 from clm.run_flow import PendingLoss, RunFlow
 from clm.saving import Saver
+from clm.schedule_free import evaluation_weights, load_training_weights
 from clm.show_evaluation import show_evaluation
 from clm.signals import shield_workers
 from clm.spikes import SpikeWatch
@@ -54,6 +58,7 @@ class ClmTrainer(FastSteps):
     ):
         self.plan = plan
         self.stage = stage
+        self._flops_per_token: int | None = None
         self.outcome = "finished"  # why training ended: finished, border (of a stage), stopped or rollback
         self.run_folder = plan.run_folder
         self.token_bytes = token_byte_lengths(plan.tokenizer)
@@ -80,6 +85,10 @@ class ClmTrainer(FastSteps):
         )
         if self.is_fsdp_enabled:
             shard(self)
+        self.ema: Ema | None = None
+        if plan.recipe.run.ema.decay is not None:
+            self.ema = Ema(self.model, plan.recipe.run.ema.decay)
+            self.add_callback(self.ema)
         self.spikes = SpikeWatch(self, args.device)
         self.block_record = None
         if plan.recipe.run.record_blocks:
@@ -125,8 +134,10 @@ class ClmTrainer(FastSteps):
         return [name for name, shape in shapes.items() if len(shape) >= 2]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x tokens as stock counts it, without its walk over all modules in every micro-step."""
-        return 6 * self.plan.num_parameters * inputs["input_ids"].numel()
+        """Stock's 6 x parameters without embeddings x tokens, without its walk over all modules in every micro-step."""
+        if self._flops_per_token is None:
+            self._flops_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+        return self._flops_per_token * inputs["input_ids"].numel()
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -140,11 +151,18 @@ class ClmTrainer(FastSteps):
         return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py)."""
+        """Stock, but a checkpoint of FSDP2 is read in any layout, and FSDP2 reads any (clm/loading.py). Stock leaves
+        out weights that the files name otherwise, without a word: a mixture's experts would begin anew. And what goes
+        with run.ema and schedule-free optimizers."""
         if is_ours(self, resume_from_checkpoint):
             load_weights(self, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not names_match(self.model, resume_from_checkpoint):
+                fill_from_files(self.model, resume_from_checkpoint)
+        load_training_weights(self.model, Path(resume_from_checkpoint))
+        if self.ema is not None:
+            self.ema.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Stock, but the learning rate is that of the present schedule: stock goes on for one step with the saved one,
@@ -160,12 +178,19 @@ class ClmTrainer(FastSteps):
             factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
             scheduler._last_lr = [base * factor for base in scheduler.base_lrs]
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["lr"] = rate
+                if torch.is_tensor(group["lr"]):  # torchao's, which a compiled update reads
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Replaces stock evaluation, a mean over batches, by sums over tokens (clm/evaluate.py)."""
+        with evaluation_weights(self.optimizer):
+            return self._evaluate_now()
+
+    def _evaluate_now(self) -> dict[str, Any]:
         model = self.called_model
         was_training = model.training
         model.eval()
@@ -189,6 +214,10 @@ class ClmTrainer(FastSteps):
             )
 
         metrics = evaluate_sets(self.plan.validation, sum_one)
+        if self.ema is not None:
+            with self.ema.in_place():
+                averaged = evaluate_sets(self.plan.validation, sum_one)
+            metrics |= {EMA_PREFIX + name.removeprefix("eval_"): value for name, value in averaged.items()}
         model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -225,7 +254,7 @@ class ClmTrainer(FastSteps):
         if is_training_point:
             details = self.spikes.complete_logs(logs)
             logs["tokens_per_s"] = self.progress.take_tokens_per_s()
-            logs |= self.take_router_loss() | self.meter.take(logs["tokens_per_s"])
+            logs |= self.take_parts() | self.meter.take(logs["tokens_per_s"])
         logs["time_s"] = self.progress.seconds
         super().log(dict(logs), start_time)
         if self.is_world_process_zero():

@@ -14,6 +14,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.manifest import Manifest, fill_token_id, load_manifest
 from data_prep.packing import CONCAT
+from data_prep.paths import check_command
 
 NO_TARGET = -100  # the label that the loss ignores (torch's and HF's convention)
 
@@ -100,7 +101,7 @@ class Blocks:
             if size != shard.num_bytes:
                 what = "is missing" if size is None else f"has {size:,} bytes, the manifest says {shard.num_bytes:,}"
                 raise UserError(
-                    f"{path} {what}. `make check DATASET={self.folder}` names every damaged file; then prepare the "
+                    f"{path} {what}. {check_command(self.folder)} names every damaged file; then prepare the "
                     "dataset again."
                 )
         self.lengths_of(np.empty(0))
@@ -180,7 +181,7 @@ class Blocks:
         except (OSError, ValueError, KeyError, StopIteration) as error:  # pa.ArrowInvalid is a ValueError
             raise UserError(
                 f"{path} is missing or damaged: {error}. Nothing can be read from it. "
-                f"`make check DATASET={self.folder}` names every damaged file; then prepare the dataset again."
+                f"{check_command(self.folder)} names every damaged file; then prepare the dataset again."
             ) from error
         return tokens
 
@@ -193,7 +194,7 @@ class Blocks:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(
                 f"{path} is missing or damaged: {error}. Without it padding cannot be told from text. "
-                f"`make check DATASET={self.folder}` names every damaged file; then prepare the dataset again."
+                f"{check_command(self.folder)} names every damaged file; then prepare the dataset again."
             ) from error
         return lengths
 

@@ -20,6 +20,7 @@ from data_prep.arrays import to_numpy
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
 from data_prep.packing import CONCAT
+from data_prep.paths import check_command
 from data_prep.pieces import PieceMap, pieces_path
 
 ROWS_PER_BATCH = 2**16
@@ -78,7 +79,7 @@ class DocumentMap:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} is missing or damaged: {error}. The text behind a token cannot be found. "
-                f"`make check DATASET={self.folder}` names every damaged file; then prepare the dataset again."
+                f"{check_command(self.folder)} names every damaged file; then prepare the dataset again."
             ) from error
         self.first_tokens = self.table.column("first_token")
         starts = [chunk[0].as_py() for chunk in self.first_tokens.chunks]

@@ -23,6 +23,17 @@ def cache_dir() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clm-recipes"
 
 
+def as_argument(folder: Path) -> str:
+    """A folder as `dataset_folder` finds it again, for commands in messages: `d` becomes `./d`."""
+    text = str(folder)
+    return text if os.sep in text or text in (".", "..") else f".{os.sep}{text}"
+
+
+def check_command(folder: Path) -> str:
+    """What recounts a dataset, for messages."""
+    return f"`make check DATASET={as_argument(folder)}`"
+
+
 def dataset_folder(name_or_path: str | Path) -> Path:
     """The folder of a prepared dataset: a bare name lies under `data_dir()`, anything with a separator is a path.
 

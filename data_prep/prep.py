@@ -28,6 +28,7 @@ from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, TokenizerInfo, load_manifest, save_manifest, token_dtype
 from data_prep.output import write_dataset, write_whole
 from data_prep.packing import CONCAT
+from data_prep.paths import as_argument
 from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, give_up
@@ -165,7 +166,7 @@ def _prepare(plan: Plan, workers: Workers, encoder_option: str) -> dict[str, Man
         print(describe_ledger(manifests[bucket].ledger, manifests[bucket].splits, plan.block_size))
         if plan.filters is not None:
             print(describe_filters(manifests[bucket].ledger))
-        print(f"{folder}: complete. Look at it: python -m data_prep inspect {folder}")
+        print(f"{folder}: complete. Look at it: python -m data_prep inspect {as_argument(folder)}")
     return manifests
 
 

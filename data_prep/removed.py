@@ -25,6 +25,7 @@ from data_prep.filter_settings import Filters, library_versions, rule_filter
 from data_prep.ledger import FIRST_RULE, Counts
 from data_prep.manifest import Manifest, load_manifest, sha256_of
 from data_prep.output import write_whole
+from data_prep.paths import check_command
 from data_prep.sizes import format_bytes, format_table
 
 REMOVED, SAMPLES, CONTAMINATED = "documents/removed.arrow", "documents/samples.jsonl", "documents/contaminated.jsonl"
@@ -188,7 +189,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is missing or damaged: {error}. `make check DATASET={path.parent.parent}` names all that is."
+            f"{path} is missing or damaged: {error}. {check_command(path.parent.parent)} names all that is."
         ) from error
 
 

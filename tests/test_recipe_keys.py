@@ -24,6 +24,7 @@ def recipe_keys() -> set[str]:
         "run.retention": ("", sections_module.Retention),
         "run.spikes": ("", sections_module.SpikeSettings),
         "run.muon": ("", sections_module.MuonSettings),
+        "run.ema": ("", sections_module.EmaSettings),
     }
     keys = set()
     for section in ("model", "data", "run"):
@@ -58,6 +59,7 @@ def test_the_defaults_of_train_md_are_those_of_the_code():
         "run.retention": sections_module.Retention(),
         "run.spikes": sections_module.SpikeSettings(),
         "run.muon": sections_module.MuonSettings(),
+        "run.ema": sections_module.EmaSettings(),
     }
     real = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
     real |= {f"training.{key}": value for key, value in DEFAULTS.items()} | {"data.mixture[].weight": 1.0}
@@ -71,6 +73,13 @@ def test_every_key_that_is_named_anywhere_exists(path):
     from transformers import TrainingArguments
 
     known = recipe_keys() | {f"training.{field.name}" for field in dataclasses.fields(TrainingArguments)} | NOT_KEYS
-    known |= {"run.samples", "run.retention", "run.spikes", "run.muon", "training.lr_scheduler_kwargs.num_decay_steps"}
+    known |= {
+        "run.samples",
+        "run.retention",
+        "run.spikes",
+        "run.muon",
+        "run.ema",
+        "training.lr_scheduler_kwargs.num_decay_steps",
+    }
     for key in re.findall(r"(?<![\w./])(?:model|data|run|training)\.[a-z_]+(?:\[\]\.[a-z_]+|\.[a-z_]+)?\b", code(path)):
         assert key in known, key

@@ -144,6 +144,34 @@ def test_in_bf16_the_loss_is_summed_in_fp32(way):
     assert difference < 0.01
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_the_z_loss_has_the_gradients_of_its_formula_and_adds_up_over_micro_batches(way, monkeypatch):
+    monkeypatch.setattr("clm.loss_only.CHUNK_ROWS", 48)  # several chunks, the last one smaller
+    plain, fast = make_model().train(), make_model().train()
+    for model in (plain, fast):
+        model.config.attention_dropout = 0.0
+    install(fast, way, z_loss=0.1)
+    batch = some_batch()
+    targets = batch["shift_labels"]
+    num_items = int((targets != -100).sum())
+    logits = plain(batch["input_ids"]).logits.flatten(0, 1)
+    cross_entropy = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+    z_loss = 0.1 * torch.logsumexp(logits, 1)[targets.flatten() != -100].square().mean()
+    (cross_entropy + z_loss).backward()
+    total = {"loss": 0.0, "cross_entropy": 0.0, "z_loss": 0.0}
+    for here in (slice(0, 1), slice(1, 4)):
+        part = {name: value[here] for name, value in batch.items()}
+        outputs = fast(**part, num_items_in_batch=1, with_z_loss=True)
+        (outputs.loss / num_items).backward()
+        total = {name: value + outputs[name].item() / num_items for name, value in total.items()}
+    assert z_loss.item() > 0.1 * cross_entropy.item(), "enough of it that a mistake would show"
+    assert total["cross_entropy"] == pytest.approx(cross_entropy.item(), rel=CLOSE)
+    assert total["z_loss"] == pytest.approx(z_loss.item(), rel=CLOSE)
+    assert_same(plain, fast, (cross_entropy + z_loss).item(), total["loss"])
+    without = fast(**batch, num_items_in_batch=num_items)
+    assert without.loss.item() == pytest.approx(cross_entropy.item(), rel=CLOSE) and without.z_loss is None
+
+
 def test_calls_without_targets_are_transformers_own():
     plain, fast = make_model(), make_model()
     install(fast, "whole")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import make_mixtral, make_model
 
-from clm.mixed_precision import EXPERTS, cast_residual_stream, use_autocast_experts
+from clm.mixed_precision import EXPERTS, cast_residual_stream, use_autocast_experts, use_fp8
 
 
 @pytest.fixture
@@ -46,6 +46,38 @@ def test_experts_follow_autocast_which_transformers_do_not(expert_dtypes):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in ours.parameters())
     assert loss.item() == pytest.approx(expected.item(), rel=5e-3)
     assert (gradients(ours) - gradients(exact)).norm() < 0.1 * gradients(exact).norm()
+
+
+@pytest.mark.slow
+def test_fp8_is_in_the_blocks_alone_and_in_no_file(tmp_path):
+    pytest.importorskip("torchao")
+    from transformers import AutoModelForCausalLM
+
+    plain, fp8 = make_model().train(), make_model().train()
+    names = use_fp8(fp8, emulate=True)
+    assert len(names) == 2 * 7 and all(".layers." in name for name in names)
+    kinds = {name: type(module).__name__ for name, module in fp8.named_modules()}
+    assert {kinds[name] for name in names} == {"Float8Linear"} and kinds["lm_head"] == "Linear"
+    ids = torch.arange(2, 66).reshape(2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [model(ids, labels=ids).loss for model in (plain, fp8)]
+    assert 0 < abs(losses[0] - losses[1]) < 0.05 * losses[0], "other roundings, and no other model"
+    for loss in losses:
+        loss.backward()
+    one, other = gradients(plain), gradients(fp8)
+    assert torch.cosine_similarity(one, other, dim=0) > 0.95
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in fp8.parameters())
+    assert [*fp8.state_dict()] == [*plain.state_dict()]
+    fp8.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.slow
+def test_of_a_mixture_fp8_takes_the_attention_and_leaves_routers_and_experts():
+    pytest.importorskip("torchao")
+    names = use_fp8(make_mixtral(), emulate=True)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"} and len(names) == 8
 
 
 def test_without_autocast_and_in_files_nothing_changes(tmp_path):

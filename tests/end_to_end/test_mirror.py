@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clm.__main__ import main
-from clm.mirror import LISTING
+from clm.mirror import LISTING, mirror_run, restore_run
 
 from .conftest import losses
 from .test_resume import kill_after_step, start
@@ -105,3 +105,13 @@ def test_the_copier_ends_by_itself_when_the_run_has_finished(run, tmp_path):
     copier = mirror(run, tmp_path / "bucket")
     assert copier.wait(timeout=30) == 0
     assert "final" in listed(tmp_path / "bucket")
+
+
+def test_the_average_of_the_weights_is_copied_and_comes_back_with_final(tmp_path):
+    run, back, place = tmp_path / "run", tmp_path / "back", f"file://{tmp_path / 'bucket'}"
+    for name in ("final-ema", "final"):
+        (run / name).mkdir(parents=True)
+        (run / name / "config.json").write_text(name)
+    mirror_run(run, place, every=1, is_once=True)
+    restore_run(back, place)
+    assert [(back / name / "config.json").read_text() for name in ("final-ema", "final")] == ["final-ema", "final"]

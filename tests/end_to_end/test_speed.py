@@ -156,7 +156,7 @@ def test_the_collector_of_garbage_is_given_back_and_the_meter_has_measured(train
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, recipe):
-    short = (quiet_config(recipe), "data.tokens=5120", "training.eval_steps=4")
+    short = (quiet_config(recipe), "data.tokens=5120", "training.eval_steps=4", "run.z_loss=0.01")
     plain = train(*short, name="plain")
     run = train(*short, "training.torch_compile=true", name="compiled")
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
@@ -197,6 +197,9 @@ def test_a_loss_that_cannot_be_is_refused(plan_lines):
     for overrides, text in (
         (["run.loss=chunked", "run.speed=stock"], "run.loss is chunked but run.speed is stock"),
         (["run.loss=chunked", "training.torch_compile=true"], "run.loss is chunked but torch.compile fuses it"),
+        (["model.fp8=true"], "model.fp8 is true but there is no CUDA GPU"),
+        (["model.fp8=true"], "model.fp8 is true but the model has 30,880 parameters: below 1,000,000,000"),
+        (["model.fp8=true", "data.document_mask=true"], "a micro-batch has one scale"),
         (["run.speed=quick"], "run.speed is 'quick', unknown"),
     ):
         with pytest.raises(UserError, match=text):
