@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   python -m clm export demo --what both --dtype bfloat16      LlamaModel and LlamaForCausalLM, each in its folder
   python -m clm extend llama_170m --tokens 20B                 train longer
   python -m clm anneal runs/x/checkpoint-40000 --tokens 1B     a finished model off a run that goes on
+  python -m clm convert runs/x/checkpoint-200                 of ZeRO, for another number of processes or launcher
   python -m clm push demo --repo-id user/name --private       runs/demo/final to the Hub
   python -m clm explain demo --step 1200                      what did step 1200 train on? coloured by loss
   python -m clm explain demo --grep "import os"               at which steps was, or will, this text be seen?
@@ -114,6 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     anneal.add_argument("--data", metavar="DATA", help="a dataset, or a list as data.mixture; default: the trunk's")
     anneal.add_argument("--name", metavar="NAME", help="of the new run; default: <trunk>-anneal-<step>")
 
+    text = "let any number of processes, and other launchers, continue from a checkpoint of DeepSpeed ZeRO"
+    convert = verbs.add_parser("convert", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="runs/<name>/checkpoint-<step>; what it holds stays")
+
     text = "kill and resume a small copy of a recipe's run, and prove that nothing changed by it"
     verify = verbs.add_parser("verify", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     verify.add_argument("recipe", metavar="RECIPE", help="a YAML file, e.g. recipes/demo.yaml; its data is prepared")
@@ -200,6 +205,10 @@ def run_verb(args: argparse.Namespace) -> int:
         from clm.fork import anneal_run
 
         print(anneal_run(args.checkpoint, args.tokens, args.data, args.name))
+    elif args.verb == "convert":
+        from clm.universal import convert_checkpoint
+
+        print(convert_checkpoint(args.checkpoint))
     elif args.verb == "verify":
         from clm.verify import verify_recipe
 

@@ -29,7 +29,7 @@ SAVING = ".saving"
 UNSHARDED = ".unsharded"  # models made of sharded checkpoints (clm/unshard.py)
 # What only a resume needs, as globs; the rest of a checkpoint is a model in Hub format, its recipe and environment.
 RESUME_ONLY = ("optimizer*", "training_weights*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", MANIFEST)
-RESUME_ONLY += ("global_step*/*", "latest", "zero_to_fp32.py")  # DeepSpeed's
+RESUME_ONLY += ("global_step*/*", "latest", "latest_universal", "zero_to_fp32.py")  # DeepSpeed's
 RESUME_ONLY += ("sharded/*",)  # FSDP2's
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk itself, a quota, a limit of the file's size
@@ -221,12 +221,34 @@ def is_disk_full(error: BaseException, path: Path, need_bytes: int) -> bool:
     )
 
 
+class PartError(OSError):
+    """A process of several could not write its part of a checkpoint."""
+
+    def __init__(self, rank: int, what: str):
+        super().__init__(f"process {rank}: {what}")
+        self.rank = rank
+
+
+def describe_failure(error: Exception, path: Path, need_bytes: int) -> str:
+    """Why a checkpoint was not written, for the log of a training that goes on."""
+    if is_disk_full(error, path, need_bytes):
+        return _describe_full(error, path, need_bytes)
+    return str(error) if isinstance(error, PartError) else f"{type(error).__name__}: {error}"
+
+
+def _describe_full(error: Exception, path: Path, need_bytes: int) -> str:
+    who = f"process {error.rank}: " if isinstance(error, PartError) else ""
+    return (
+        f"{who}the disk is full (or a quota or file size limit is reached): it needs {format_bytes(need_bytes)}, "
+        f"{format_bytes(free_bytes(path))} are free"
+    )
+
+
 def explain_failure(error: Exception, path: Path, need_bytes: int) -> Exception:
     """What a user is told when a checkpoint or final/ cannot be written; an error that no user can mend is itself."""
     if is_disk_full(error, path, need_bytes):
         return UserError(
-            f"{path}: cannot be written, the disk is full (or a quota or file size limit is reached): it needs "
-            f"{format_bytes(need_bytes)}, {format_bytes(free_bytes(path))} are free. Complete checkpoints are "
+            f"{path}: cannot be written, {_describe_full(error, path, need_bytes)}. Complete checkpoints are "
             "untouched. Free space, lower run.retention.last or set RUNS_DIR to another disk, then type the same "
             "command: it continues from the newest checkpoint."
         )

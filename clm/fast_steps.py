@@ -7,8 +7,6 @@ compared with it in tests/end_to_end/test_speed.py.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import gc
 import os
@@ -22,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from clm.dataset import IGNORE, collate, collate_as_stock
+from clm.host_memory import keep_freed_memory
 from clm.meter import make_meter
 from clm.muon import make_optimizer
 from data_prep.paths import cache_dir
@@ -183,21 +182,6 @@ def make_collator(plan: Plan) -> Callable[..., dict[str, Any]]:
     """What makes a micro-batch: clm.dataset.collate, or with `run.speed: stock` transformers' default_data_collator."""
     collator = partial(collate, with_labels=plan.speed.loss is None) if plan.speed.is_fast else collate_as_stock
     return partial(collator, mask=plan.document_mask, with_samples=plan.recipe.run.record_blocks)
-
-
-def keep_freed_memory() -> None:
-    """Let this process use freed arrays of up to 32 MB again.
-
-    glibc gives each back to the kernel, and the next micro-batch, which is as large, costs a page fault per 4 KB: more
-    time than reading it takes. Up to 512 MB of freed memory stay with the process. Other C libraries, and a process
-    that is told otherwise by MALLOC_..., are left alone.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
 class QuietCollector(TrainerCallback):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clm.arguments import DEFAULTS
+from clm.host_memory import freed_memory_goes_back
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def shard(trainer: ClmTrainer) -> None:
     offload = accelerator.state.fsdp_plugin.cpu_offload
     model.to_empty(device="cpu" if getattr(offload, "pin_memory", None) is not None else device)
     buffers = dict(model.named_buffers())
-    with torch.no_grad():
+    with torch.no_grad(), freed_memory_goes_back():
         for name, buffer in buffers.items():
             buffer.copy_(kept[name])
         source: Source = model.first_weights

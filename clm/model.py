@@ -223,7 +223,9 @@ def build_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
+    from clm.host_memory import freed_memory_goes_back
     from clm.loss_only import install
     from clm.mixed_precision import cast_residual_stream, use_autocast_experts, use_fp8
 
@@ -237,8 +239,9 @@ def build_model(
         model = build_empty_model(section, config, attention, seed)
     elif section.init == "random":
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-        draw_weights(model, seed, section.scaled_init)
+        with freed_memory_goes_back() if is_deepspeed_zero3_enabled() else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            draw_weights(model, seed, section.scaled_init)
     else:
         # transformers' default is the checkpoint's own dtype: bf16 weights would be trained without fp32 masters
         try:

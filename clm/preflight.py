@@ -45,11 +45,16 @@ def run_preflight(saver: Saver, model: Any) -> None:
     with contextlib.suppress(OSError):  # said below, when files are written
         folder.mkdir(parents=True, exist_ok=True)
     gather_object([saver.rank])  # every rank finds the folder
+    measured, failure = (0, 0.0, 0.0), None
     try:
         measured = _write_and_verify(saver, model, folder)
     except Exception as error:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        raise explain_failure(error, folder, saver.num_bytes) from error
+        failure = explain_failure(error, folder, saver.num_bytes)
+        if saver.trainer.is_deepspeed_enabled or not isinstance(failure, UserError):
+            # the others are in the engine's collectives, or it is an error of ours
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            raise failure from error
+    _raise_together(failure, folder)
     ours = [one for rank, one in enumerate(gather_object([measured])) if rank in saver.ranks]
     num_bytes, write_s, verify_s = sum(o[0] for o in ours), max(o[1] for o in ours), max(o[2] for o in ours)
     saver.num_bytes = num_bytes
@@ -69,6 +74,15 @@ def run_preflight(saver: Saver, model: Any) -> None:
             format_bytes(result["free_bytes"]),
         )
     gather_object([saver.rank])  # no step before everyone knows
+
+
+def _raise_together(failure: Exception | None, folder: Path) -> None:
+    """Where one process cannot write, all end, and each says which one it is. A collective."""
+    failures = gather_object([None if failure is None else str(failure)])
+    rank = next((rank for rank, text in enumerate(failures) if text is not None), None)
+    if rank is not None:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        raise UserError(failures[rank] if len(failures) == 1 else f"process {rank}: {failures[rank]}")
 
 
 def _write_and_verify(saver: Saver, model: Any, folder: Path) -> tuple[int, float, float]:

@@ -65,6 +65,6 @@ def _sum_of_bits(parameter: Any, rank: int) -> torch.Tensor:
         values = local_of(parameter)
     bits = values.contiguous().view(torch.int32).flatten()
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for piece in bits.split(2**20):  # torch makes an int64 copy of what it adds up
+    for piece in bits.split(2**16):  # torch makes an int64 copy of what it adds up; small ones leave no holes
         total += piece.sum(dtype=torch.int64)
     return total.cpu()

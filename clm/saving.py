@@ -30,6 +30,8 @@ from transformers import Trainer
 from clm.checkpoint import (
     SAVING,
     Files,
+    PartError,
+    describe_failure,
     explain_failure,
     free_bytes,
     hash_files,
@@ -217,7 +219,7 @@ class Saver:
             time.sleep(0.02)
         content = json.loads(marker.read_text(encoding="utf-8"))
         if "error" in content:
-            raise OSError(f"process {rank}: {content['error']}")
+            raise PartError(rank, content["error"])
         return content["files"]
 
     def _after_publishing(
@@ -288,12 +290,9 @@ class Saver:
 
     def _wait_for_room(self, folder: Path) -> None:
         free = free_bytes(self.run)
-        need = format_bytes(self.num_bytes)
         log.warning(
             "%s waits for room on the disk: it needs %s, %s are free. Training goes on until the next save.",
-            folder.name,
-            need,
-            format_bytes(free),
+            *(folder.name, format_bytes(self.num_bytes), format_bytes(free)),
         )
         is_quota = free >= self.num_bytes  # then the free space says nothing
         until = time.monotonic() + RETRY_S
@@ -301,21 +300,22 @@ class Saver:
             time.sleep(0.5)
 
     def _give_up(self, folder: Path, step: int, error: Exception) -> None:
+        what, is_of_disk = f"{type(error).__name__}: {error}", isinstance(error, OSError | RuntimeError)
+        if self.trainer.args.world_size > 1 and is_of_disk and not isinstance(error, PartError):
+            error = PartError(self.rank, what)
         self._failure = (step, error)
-        what = f"{type(error).__name__}: {error}"
-        if self._is_disk_full(error):
-            room = format_bytes(free_bytes(self.run))
-            what = f"the disk is full: it needs {format_bytes(self.num_bytes)}, {room} are free"
         log.warning(
             "%s was not saved: %s. Complete ones are untouched; training goes on, and the next save tries again.",
             folder.name,
-            what,
+            describe_failure(error, self.run, self.num_bytes),
         )
         if self.is_publisher:
             self._discard(folder)
-        else:
-            with contextlib.suppress(OSError):
-                write_json(folder / f".rank-{self.rank}", {"error": f"{type(error).__name__}: {error}"})
+            return
+        with contextlib.suppress(OSError):
+            for name in own_files(folder, self.rank, self.publisher):  # else a full disk has no room for the marker
+                (folder / name).unlink()
+            write_json(folder / f".rank-{self.rank}", {"error": what})
 
     def _discard(self, folder: Path) -> None:
         """Remove what was written; renamed first, so that a rank that still writes adds nothing to it."""

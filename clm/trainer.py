@@ -32,6 +32,7 @@ from clm.show_evaluation import show_evaluation
 from clm.signals import shield_workers
 from clm.spikes import SpikeWatch
 from clm.timeline import Stage
+from clm.universal import mend_optimizer, prepare_engine
 from data_prep.errors import UserError
 from data_prep.token_bytes import token_byte_lengths
 
@@ -170,6 +171,8 @@ class ClmTrainer(FastSteps):
             load_optimizer_and_scheduler(self, checkpoint)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            mend_optimizer(self, Path(checkpoint))
         if checkpoint is not None and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):
             scheduler = self.lr_scheduler
             factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
@@ -289,10 +292,12 @@ class ClmTrainer(FastSteps):
         """Replaces stock's writing in place, while training waits, and its rotation by time (clm/saving.py)."""
         self.saver.save(model, trial)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Stock, and the checkpoint in the making is finished, however the training ends."""
+        if resume_from_checkpoint is not None:
+            prepare_engine(self, Path(resume_from_checkpoint))
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
         except BaseException:
             self.saver.abandon()
             raise

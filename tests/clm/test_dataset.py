@@ -107,7 +107,7 @@ def test_labels_are_the_inputs_themselves_not_a_copy():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_micro_batches_take_no_page_faults_once_freed_memory_is_kept(train):
-    from clm.fast_steps import keep_freed_memory
+    from clm.host_memory import keep_freed_memory
 
     keep_freed_memory()
     blocks = np.arange(4096) % train.num_blocks  # 2 MB each of inputs and targets

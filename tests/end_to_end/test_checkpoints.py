@@ -169,7 +169,7 @@ def test_on_a_full_disk_training_goes_on_and_the_next_save_tries_again(train, sm
     when("checkpoint-10 was not saved", (small_disk / "ballast").unlink, monkeypatch)
     run = train("run.retention={last: 1}", name="a")
     text = capsys.readouterr().out
-    assert "checkpoint-10 was not saved: the disk is full: it needs 4" in text
+    assert "checkpoint-10 was not saved: the disk is full" in text
     assert steps(run) == [20] and is_undamaged(run)
     assert sorted(losses(run)) == list(range(1, 21))
     shutil.rmtree(run)

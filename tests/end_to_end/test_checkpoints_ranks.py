@@ -95,8 +95,8 @@ def test_two_processes_go_on_together_when_a_checkpoint_does_not_fit(train, reci
         keep = ["run.retention={last: 9}", "run.preflight=false", "training.save_steps=3"]
         done = train_on_nodes(recipe, [runs, runs], *keep)  # one disk
         assert done[0].returncode == 2, done[0].stderr
-        assert done[0].stdout.count("was not saved: the disk is full") >= 1
-        assert "cannot be written, the disk is full" in done[0].stderr and "Traceback" not in done[0].stderr
+        assert done[0].stdout.count("was not saved: process 0: the disk is full") >= 1
+        assert "cannot be written, process 0: the disk is full" in done[0].stderr and "Traceback" not in done[0].stderr
         assert steps(runs / "two") == [3, 6]
         assert all(find_damage(path) is None for _, path in list_checkpoints(runs / "two"))
         assert sorted(losses(runs / "two")) == list(range(1, 11))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from .lab import (
     checkpoint_steps,
     last_step,
     leftovers,
+    losses,
     resumable_step,
     resumed_from,
 )
@@ -29,9 +32,10 @@ from .test_random_kills import SEED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
+NUM_KILLS = int(os.environ.get("PAIR_KILLS", "20"))
 NUM_STEPS, SAVE_STEPS = 16, 2
-SHAPE = (f"data.tokens={NUM_STEPS * 512}", f"training.save_steps={SAVE_STEPS}", "training.ddp_timeout=60")
-END_WITHIN_S = 60
+SHAPE = (f"data.tokens={NUM_STEPS * 512}", f"training.save_steps={SAVE_STEPS}", "training.ddp_timeout=30")
+END_WITHIN_S = 90
 
 
 def train_on_two(lab: Lab, name: str, env: dict[str, str] | None = None) -> Path:
@@ -53,18 +57,27 @@ def assert_resumes_exactly(lab: Lab, name: str, straight: Path, env: dict[str, s
 
 
 def test_one_of_two_is_killed_and_the_other_ends_by_itself(lab):
-    print(f"KILL_SEED={SEED}")
+    print(f"KILL_SEED={SEED} PAIR_KILLS={NUM_KILLS}")
     rng = random.Random(SEED)
+    began = time.monotonic()
     straight = train_on_two(lab, "straight")
-    for victim in (0, 1, rng.choice((0, 1))):
-        name = f"killed-{victim}-{rng.randrange(10**6)}"
+    seconds = time.monotonic() - began
+    for number in range(NUM_KILLS):
+        victim, name = number % 2, f"killed-{number}"
         ranks = lab.start_ranks(name, 2, *SHAPE)
-        wanted = rng.randint(1, NUM_STEPS - 2)
-        while last_step(lab.runs / name) < wanted and ranks[victim].poll() is None:
-            time.sleep(0.002)
+        if rng.random() < 0.5:  # at any moment, also before the first step
+            time.sleep(rng.uniform(0.2, 0.9 * seconds))
+        else:
+            wanted = rng.randint(1, NUM_STEPS - 2)
+            while last_step(lab.runs / name) < wanted and ranks[victim].poll() is None:
+                time.sleep(0.002)
         ranks[victim].kill()
-        assert ranks[victim].wait() == -signal.SIGKILL, ranks[victim].output
-        assert ranks[1 - victim].wait(END_WITHIN_S) not in (0, None)
+        code, other = ranks[victim].wait(), ranks[1 - victim]
+        if code != -signal.SIGKILL:  # it was faster, and has finished
+            assert (code, other.wait()) == (0, 0), other.output
+            continue
+        assert other.wait(END_WITHIN_S) not in (0, None)
+        assert f"process {victim} " in other.output.rpartition("error: ")[2], other.output
         assert_resumes_exactly(lab, name, straight)
 
 
@@ -95,6 +108,65 @@ def test_a_rank_whose_shards_cannot_be_written_is_named_and_training_goes_on(lab
     assert victim == 0 or "process 1: " in ranks[0].output
     assert checkpoint_steps(lab.runs / "failed") == [2, 4, 8, 10, 12, 14, 16]
     assert_same_run(lab.runs / "failed", straight)
+
+
+def test_a_process_whose_disk_is_full_is_named_and_the_run_goes_on_from_the_last_complete_checkpoint(lab):
+    straight = train_on_two(lab, "straight", FSDP2)
+    keep = "run.retention={last: 9}"
+    ranks = lab.start_ranks("full", 2, *SHAPE, keep, env=FSDP2)
+    while last_step(lab.runs / "full") < 5 and ranks[1].poll() is None:
+        time.sleep(0.002)
+    fill_disk_of(ranks[1].pid)
+    assert [rank.wait(END_WITHIN_S) for rank in ranks] == [2, 2], "\n".join(rank.output for rank in ranks)
+    assert "was not saved: process 1: the disk is full (or" in ranks[0].output
+    last = f"checkpoint-{NUM_STEPS}: cannot be written, process 1: the disk is full"
+    assert last in ranks[0].output.rpartition("error: ")[2] and "Traceback" not in ranks[0].output
+    steps = checkpoint_steps(lab.runs / "full")
+    assert 2 <= max(steps) <= 8 and leftovers(lab.runs / "full") == []
+    assert set(re.findall(r"process \d: the disk", ranks[0].output)) == {"process 1: the disk"}
+    ranks = lab.start_ranks("full", 2, *SHAPE, keep, env=FSDP2)
+    assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.output for rank in ranks)
+    assert resumed_from(ranks[0]) == max(steps)
+    assert_same_run(lab.runs / "full", straight)
+
+    # from the beginning: nothing is trained
+    ranks = lab.start_ranks("never", 2, *SHAPE, env=FSDP2)
+    fill_disk_of(ranks[1].pid)
+    assert [rank.wait(END_WITHIN_S) for rank in ranks] == [2, 2], "\n".join(rank.output for rank in ranks)
+    assert "error: process 1: " in ranks[0].output and "the disk is full" in ranks[0].output
+    assert last_step(lab.runs / "never") == 0 and leftovers(lab.runs / "never") == []
+
+
+def fill_disk_of(pid: int) -> None:
+    """No file that it writes from now on can be larger than 40 kB; a shard of a checkpoint is."""
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+
+
+def test_two_processes_that_share_a_full_disk_end_with_the_cause_and_go_on_when_there_is_room(lab):
+    lab.runs.mkdir(exist_ok=True)
+    straight = train_on_two(lab, "straight", FSDP2)
+    checkpoint = max(lab.runs.glob("straight/checkpoint-*"))
+    num_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+    runs, lab.runs = lab.runs, lab.folder / "small"
+    lab.runs.mkdir()
+    options = f"size={int(2.7 * num_bytes)}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", lab.runs], capture_output=True).returncode:
+        pytest.skip("only root can mount a file system of a few bytes")
+    try:
+        more = ["run.retention={last: 9}", "run.preflight=false"]
+        ranks = lab.start_ranks("full", 2, *SHAPE, *more, env=FSDP2)
+        assert [rank.wait(END_WITHIN_S) for rank in ranks] == [2, 2], "\n".join(rank.output for rank in ranks)
+        errors = ranks[0].output.split("error: ")[1:]  # of both
+        assert any("the disk is full" in error for error in errors), errors
+        assert "Traceback" not in ranks[0].output + ranks[1].output
+        assert checkpoint_steps(lab.runs / "full") == [2, 4] and leftovers(lab.runs / "full") == []
+        ranks = lab.start_ranks("full", 2, *SHAPE, env=FSDP2)  # keeps one
+        assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.output for rank in ranks)
+        assert resumed_from(ranks[0]) == 4
+        assert losses(lab.runs / "full") == losses(straight)
+    finally:
+        subprocess.run(["umount", "-l", lab.runs], check=True)
+        lab.runs = runs
 
 
 def test_under_torchrun_a_killed_process_ends_the_launch_and_leaves_no_process(lab):
