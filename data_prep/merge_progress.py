@@ -1,7 +1,7 @@
 """The progress of a tokenizer's training, which the `tokenizers` library writes to file descriptor 2 as JSON lines.
 
 In: what native code writes there while the block runs. Out: `Progress` of its stages; everything else goes on to the
-real stderr as it is. Python's own sys.stderr is not touched by it.
+real stderr as it is. What Python writes to sys.stderr goes there directly.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from data_prep.progress import Progress
 
@@ -22,7 +23,9 @@ def shown_merges() -> Iterator[None]:
     sys.stderr.flush()
     real = os.dup(2)
     read_end, write_end = os.pipe()
-    python_stderr, sys.stderr = sys.stderr, os.fdopen(os.dup(real), "w", buffering=1, errors="backslashreplace")
+    python_stderr = sys.stderr
+    if _writes_to_2(python_stderr):
+        sys.stderr = os.fdopen(os.dup(real), "w", buffering=1, errors="backslashreplace")
     os.dup2(write_end, 2)
     os.close(write_end)
     reader = threading.Thread(target=_read, args=(read_end, real), daemon=True)
@@ -32,9 +35,17 @@ def shown_merges() -> Iterator[None]:
     finally:
         os.dup2(real, 2)  # the last end for writing is closed by it: the reader comes to the end
         reader.join()
-        ours, sys.stderr = sys.stderr, python_stderr
-        ours.close()
+        if sys.stderr is not python_stderr:
+            sys.stderr.close()
+            sys.stderr = python_stderr
         os.close(real)
+
+
+def _writes_to_2(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (OSError, ValueError):  # a stream in memory has no file
+        return False
 
 
 def _read(read_end: int, real: int) -> None:
