@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clm.dataset import TrainBlocks, collate
-from clm.fast_steps import keep_freed_memory
+from clm.host_memory import keep_freed_memory
 from clm.order import Order, OrderSource, OrderStage
 from data_prep.blocks import Blocks
 from data_prep.paths import dataset_folder
