@@ -23,7 +23,7 @@ import xxhash
 
 from data_prep.arrays import from_list, from_numpy
 from data_prep.buckets import bucket_names, column_names, find_bucket, is_there
-from data_prep.encoder import Encoder, add_separators
+from data_prep.encoder import Encoder, Ranges, add_separators
 from data_prep.fast_encoder import SAMPLED_IN, EncoderMismatchError
 from data_prep.ledger import (
     BAD,
@@ -74,6 +74,7 @@ class Job:
     is_bad_skipped: bool
     is_fast: bool  # the fast encoder, else the reference
     compare_ids: int  # of the fast one's: so many from the unit's beginning are compared, and a document in SAMPLED_IN
+    disputed: Ranges = ()  # characters whose documents are the reference's
     filters: Filters | None = None
     decision: Decision | None = None  # about this unit, where filters look at more than one document
     screen_key: str | None = None  # the key of its screening, which makes that decision
@@ -150,7 +151,7 @@ def encode_unit(job: Job, report: Callable[[int, int], None]) -> UnitResult:
     kept_columns = [(name, pa.type_for_alias(kind)) for name, kind in job.reading.keep_columns]
     own_columns = [*ROW_COLUMNS, *more_columns]
     schema = pa.schema([*own_columns, *kept_columns])
-    encoder = _load_encoder(job.tokenizer_folder, job.tokenizer, job.is_fast)
+    encoder = _load_encoder(job.tokenizer_folder, job.tokenizer, job.is_fast, job.disputed)
     buckets = job.reading.buckets
     counts = [Counts() for _ in bucket_names(buckets)]
     num_records, num_compared, problem = 0, 0, None
@@ -263,7 +264,10 @@ def _encode_batch(
     if is_kept.any():
         kept = [records[i] for i in np.flatnonzero(is_kept)]
         is_tokenized = job.reading.tokenized is not None
-        ids, lengths = join_ids(kept) if is_tokenized else encoder.encode([record.text for record in kept])
+        if is_tokenized:
+            ids, lengths = join_ids(kept)
+        else:
+            ids, lengths = encoder.encode([record.text for record in kept], [data[i] for i in np.flatnonzero(is_kept)])
         if job.is_fast:
             is_first = np.cumsum(lengths) - lengths < compare_ids
             num_compared = _compare(kept, np.flatnonzero(is_first | (hashes % SAMPLED_IN == 0)), ids, lengths, encoder)
@@ -333,5 +337,5 @@ def sort_into_buckets(
 
 
 @lru_cache(maxsize=1)
-def _load_encoder(folder: Path, info: TokenizerInfo, is_fast: bool) -> Encoder:
-    return Encoder(folder, info, is_fast)
+def _load_encoder(folder: Path, info: TokenizerInfo, is_fast: bool, disputed: Ranges) -> Encoder:
+    return Encoder(folder, info, is_fast, disputed)

@@ -5,6 +5,7 @@ In: a batch of documents. Out: their ids as one array, each document's length in
 makes 0 7 8 1 0 1 of it.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -17,24 +18,33 @@ import orjson
 from data_prep.fast_encoder import FastEncoder
 from data_prep.manifest import TokenizerInfo
 
+Ranges = tuple[tuple[int, int], ...]  # of code points: first, last
+
 
 @dataclass(frozen=True)
 class EncoderChoice:
     """Which encoder a preparation uses; `why` says why it is the reference.
 
-    Of the fast one's ids `compare_ids` from the beginning of each unit are compared with the reference's.
+    Of the fast one's ids `compare_ids` from the beginning of each unit are compared with the reference's. Documents
+    with `disputed` characters are the reference's beside it.
     """
 
     name: str
     is_fast: bool
     why: str = ""
     compare_ids: int = 0
+    disputed: Ranges = ()
 
     def for_manifest(self, num_compared: int) -> dict[str, Any]:
         """What a reader of the dataset can know about it."""
         if not self.is_fast:
             return {"name": self.name, "why": self.why}
-        return {"name": self.name, "compared_with": reference_name(), "num_ids_compared": num_compared}
+        return {
+            "name": self.name,
+            "compared_with": reference_name(),
+            "num_ids_compared": num_compared,
+            "disputed_characters": [list(each) for each in self.disputed],  # first and last: left to the reference
+        }
 
 
 def reference_name() -> str:
@@ -73,9 +83,16 @@ class ReferenceEncoder:
 
 
 class Encoder:
-    """The encoder that was chosen, and the reference beside it."""
+    """The encoder that was chosen, and the reference beside it.
 
-    def __init__(self, folder: Path, info: TokenizerInfo, is_fast: bool):
+    Args:
+        disputed: ranges (first, last) of characters; a document with one of them is encoded by the reference.
+    """
+
+    def __init__(self, folder: Path, info: TokenizerInfo, is_fast: bool, disputed: Ranges = ()):
+        self._first_bytes = sorted({chr(end).encode()[0] for each in disputed for end in each})
+        spans = "".join(f"{chr(first)}-{chr(last)}" for first, last in disputed)
+        self._disputed = re.compile(f"[{spans}]") if spans else None
         self._raw = load_tokenizer_json(folder, info)
         self.is_fast = is_fast
         self._fast = FastEncoder(self._raw) if is_fast else None
@@ -85,9 +102,27 @@ class Encoder:
         """What the ids have to be; loaded when it is first needed."""
         return ReferenceEncoder(self._raw)
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one after the other (uint32), and the number of ids of each text (int64)."""
-        return (self._fast or self.reference).encode(texts)
+    def encode(self, texts: list[str], data: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, one after the other (uint32), and the number of ids of each text (int64).
+
+        Args:
+            data: The texts in UTF-8.
+        """
+        if self._fast is None:
+            return self.reference.encode(texts)
+        ids, lengths = self._fast.encode(texts)
+        apart = [i for i, each in enumerate(data) if self._is_disputed(each)]
+        if apart:
+            exact, exact_lengths = self.reference.encode([texts[i] for i in apart])
+            pieces = np.split(ids, np.cumsum(lengths)[:-1])
+            for i, piece in zip(apart, np.split(exact, np.cumsum(exact_lengths)[:-1]), strict=True):
+                pieces[i] = piece
+            ids, lengths = np.concatenate(pieces), np.array([len(piece) for piece in pieces], dtype=np.int64)
+        return ids, lengths
+
+    def _is_disputed(self, data: bytes) -> bool:
+        """Most texts hold not even the first byte of such a character, which is found much faster than they are."""
+        return any(byte in data for byte in self._first_bytes) and self._disputed.search(data.decode()) is not None
 
 
 def add_separators(ids: np.ndarray, lengths: np.ndarray, info: TokenizerInfo) -> tuple[np.ndarray, np.ndarray]:

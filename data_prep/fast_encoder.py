@@ -1,9 +1,11 @@
 """The fast encoder, and what it has to show before its ids are taken for the reference's.
 
 gigatoken encodes many times as fast as the `tokenizers` library, which stays the reference: what a document's ids are
-is what `tokenizers` says. Three gates:
+is what `tokenizers` says. Four gates:
 
     structure   only kinds of tokenizer.json that were tried against the reference; everything else is the reference's
+    characters  which characters are letters and digits to the one and not to the other (data_prep/disputed.py): a
+                document with one of them is the reference's
     start       a fixed hostile set, and the first ids of every unit of this very corpus, a million together (all of it
                 if smaller), are equal
     sampling    during the preparation one document in 1,000, chosen by its hash, is encoded by both

@@ -141,6 +141,7 @@ def make_job(
         reading=reading,
         is_bad_skipped=is_skipped,
         is_fast=encoder.is_fast,
+        disputed=encoder.disputed,
         compare_ids=encoder.compare_ids,
         filters=plan.filters,
         screen_key=unit.key({"screening": of_reading}, identities) if plan.filters else None,

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.encoder import EncoderChoice, ReferenceEncoder, load_tokenizer_json, reference_name
+from data_prep.disputed import find_disputed
+from data_prep.encoder import EncoderChoice, Ranges, ReferenceEncoder, load_tokenizer_json, reference_name
 from data_prep.fast_encoder import (
     EncoderMismatchError,
     FastEncoder,
@@ -50,7 +51,8 @@ def choose_encoder(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option:
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["key"] == key:
-            return EncoderChoice(**known["choice"])
+            ranges = tuple((first, last) for first, last in known["choice"]["disputed"])
+            return EncoderChoice(**{**known["choice"], "disputed": ranges})
     choice = _try(plan, stream, tokenizer, option)
     if choice.why and option == "auto" and choice.name != "none":
         print(f"encoder: {choice.name}, because {choice.why}.", flush=True)
@@ -98,22 +100,25 @@ def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> E
     name = fast_name()
     if name is None:
         return EncoderChoice(reference.name, False, "gigatoken is not installed")
-    if not _is_hostile_set_known(tokenizer, name):
+    disputed = _known_proof(tokenizer, name)
+    if disputed is None:
         raw = load_tokenizer_json(plan.tokenizer_folder, tokenizer)
         problem = structure_problem(raw)
         if problem is not None:
             return EncoderChoice(reference.name, False, f"{name} is not proven for this tokenizer: {problem}")
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)  # this process forks nobody
         try:
             fast = FastEncoder(raw)
+            disputed = find_disputed(raw.get("pre_tokenizer"))
         except Exception as error:  # whatever a foreign library raises: the reference works
             return EncoderChoice(reference.name, False, f"{name} cannot load this tokenizer ({error})")
-        os.environ.pop("TOKENIZERS_PARALLELISM", None)  # this process forks nobody
         texts = hostile_texts([token["content"] for token in raw["added_tokens"]])
+        texts = [text for text in texts if not any(a <= ord(c) <= b for c in text for a, b in disputed)]
         wrong = first_difference(texts, fast, ReferenceEncoder(raw))
         if wrong is not None:
             return EncoderChoice(reference.name, False, f"{name} gives other ids for the text {texts[wrong][:60]!r}")
-        _remember_hostile_set(tokenizer, name)
-    return EncoderChoice(name, True, "", math.ceil(PROVEN_IDS / _count_units(stream)))
+        _remember_proof(tokenizer, name, disputed)
+    return EncoderChoice(name, True, "", math.ceil(PROVEN_IDS / _count_units(stream)), disputed)
 
 
 def first_difference(texts: list[str], fast: FastEncoder, exact: ReferenceEncoder) -> int | None:
@@ -145,23 +150,27 @@ def _proofs_path() -> Path:
     return cache_dir() / "encoder_proofs.json"
 
 
-def _is_hostile_set_known(tokenizer: TokenizerInfo, name: str) -> bool:
-    try:
-        return _proof_key(tokenizer, name) in json.loads(_proofs_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+def _known_proof(tokenizer: TokenizerInfo, name: str) -> Ranges | None:
+    """The disputed characters beside which these encoders agreed on the hostile set."""
+    ranges = _known_proofs().get(_proof_key(tokenizer, name))
+    return None if ranges is None else tuple((first, last) for first, last in ranges)
 
 
-def _remember_hostile_set(tokenizer: TokenizerInfo, name: str) -> None:
-    known = []
-    with suppress(OSError, ValueError):
-        known = json.loads(_proofs_path().read_text(encoding="utf-8"))
+def _remember_proof(tokenizer: TokenizerInfo, name: str, disputed: Ranges) -> None:
     with suppress(OSError):  # the next preparation proves it again
         cache_dir().mkdir(parents=True, exist_ok=True)
-        write_whole(_proofs_path(), json.dumps([*known, _proof_key(tokenizer, name)]))
+        write_whole(_proofs_path(), json.dumps({**_known_proofs(), _proof_key(tokenizer, name): disputed}))
+
+
+def _known_proofs() -> dict[str, list[list[int]]]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads(_proofs_path().read_text(encoding="utf-8")))
+    return {}
 
 
 def _proof_key(tokenizer: TokenizerInfo, name: str) -> str:
-    source = Path(__file__).with_name("fast_encoder.py").read_bytes()  # the hostile set itself
+    code = [
+        Path(__file__).with_name(each).read_bytes() for each in ("fast_encoder.py", "disputed.py")
+    ]  # what was tried
     what = [*astuple(replace(tokenizer, source=None)), name, fast_checksum(), reference_name()]
-    return hashlib.sha256(json.dumps(what).encode() + source).hexdigest()
+    return hashlib.sha256(json.dumps(what).encode() + b"".join(code)).hexdigest()

@@ -43,7 +43,7 @@ def backend_token_bytes(backend: "Tokenizer", control: set[int], num_ids: int, n
     is_byte_level = _is_byte_level(raw, name)
     added = {token["id"]: token for token in raw["added_tokens"]}
     control = control | {id_ for id_, token in added.items() if token["special"]}
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     out = []
     for id_ in range(num_ids):
         token = backend.id_to_token(id_)
@@ -81,7 +81,7 @@ def backend_differences(backend: "Tokenizer", name: str) -> list[str]:
         sentences.append("The tokenizer reads the character ▁ (U+2581) of a source as a space.")
         if not raw["model"].get("byte_fallback"):
             sentences.append("A character outside its vocabulary became one unknown token, which counts as 0 bytes.")
-    elif any(backend.token_to_id(character) is None for character in _byte_level_alphabet()):
+    elif any(backend.token_to_id(character) is None for character in byte_level_alphabet()):
         sentences.append("The tokenizer has no token for some bytes: they are left out, or unknown and count as 0.")
     others = sorted({part["type"] for part in normalizers} - known)
     if others:
@@ -134,7 +134,7 @@ def _is_byte_level(backend: dict[str, Any], name: str) -> bool:
     return is_byte_level
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Character -> the byte it stands for. Source: openai/gpt-2, src/encoder.py, bytes_to_unicode."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]

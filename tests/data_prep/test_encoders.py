@@ -7,8 +7,9 @@ import random
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import run_here
+from conftest import run_here, write_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.encoder import ReferenceEncoder
@@ -243,3 +244,24 @@ def test_without_the_package_the_reference_encodes_and_it_is_said(tmp_path, run_
     result = run_cli(["-m", "data_prep", *words], env={"PYTHONPATH": f"{site}:{root}"})
     assert result.code == 0, result.stderr
     assert "because gigatoken is not installed" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama 3", "Qwen 2 without NFC"])
+def test_characters_of_a_newer_unicode_are_left_to_the_reference(kind, tmp_path, texts):
+    """U+16EBB is a letter to gigatoken and nothing yet to tokenizers: the quote in front of it is another piece."""
+    signs = [chr(first + number) for number in range(40) for first in (0x10100, 0x1D100, 0x1EEF0, 0x1F300)]
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", kind, [*texts, *(f' "{sign}' for sign in signs * 5)])
+    merges = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["merges"]
+    assert ['Ġ"', "ð"] in merges, "over the border between the quote and a character's first byte"
+    some = [f'{text} "\U00016ebb" and "\U00016ebc' if number % 7 == 0 else text for number, text in enumerate(texts)]
+    source = write_jsonl(tmp_path / "new.jsonl", some)
+    for encoder in ("auto", "hf"):
+        words = ("--tokenizer", tokenizer, "--block-size", 64, "--encoder", encoder)
+        run_here("prep", source, *words, "--out", tmp_path / encoder)
+    ours, reference = (load_manifest(tmp_path / encoder) for encoder in ("auto", "hf"))
+    assert ours.fingerprint == reference.fingerprint
+    assert ours.encoder["name"].startswith("gigatoken")
+    assert any(first <= 0x16EBB <= last for first, last in ours.encoder["disputed_characters"])
+    raw = json.loads((tokenizer / "tokenizer.json").read_text())
+    ids, exact = (each.encode(some)[0] for each in (FastEncoder(raw), ReferenceEncoder(raw)))
+    assert not np.array_equal(ids, exact), "alone gigatoken gives other ids"
