@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import pytest
 from conftest import content_of, run_here, write_jsonl
 
@@ -33,6 +34,18 @@ def write_word_files(folder: Path, num_documents: int, num_files: int = 12) -> P
         texts = [" ".join(rng.choices(words, k=rng.randint(1, 300))) for _ in range(num_documents)]
         write_jsonl(folder / f"{number:02d}.jsonl", texts, url=[str(index) for index in range(num_documents)])
     return folder
+
+
+def encoders(process: subprocess.Popen) -> list[psutil.Process]:
+    """The workers of a preparation, however it was started: the children of the processes that they are copies of."""
+    found = []
+    for each in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "multiprocessing.forkserver" in " ".join(each.cmdline()) and each.parent().cmdline() == each.cmdline():
+                found.append(each)
+        except (psutil.Error, AttributeError):  # it has ended, or its parent
+            continue
+    return found
 
 
 def stop_at_every_rename(

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import content_of, run_here
-from processes import start, wait_for, write_word_files
+from processes import encoders, start, wait_for, write_word_files
 
 has_datatrove = importlib.util.find_spec("datatrove") is not None
 needs_datatrove = pytest.mark.skipif(not has_datatrove, reason="--executor needs datatrove")
@@ -77,7 +77,7 @@ def test_local_tasks_give_the_bytes_of_one_process(tmp_path, corpus, small_token
 
 @needs_datatrove
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["run_share", "spawn_main"])  # a task's process, or its encoder
+@pytest.mark.parametrize("victim", ["task", "encoder"])
 def test_a_local_process_that_dies_is_begun_again(tmp_path, corpus, small_tokenizer, expected, victim):
     out = tmp_path / "two" / "out"
     command = arguments(corpus, small_tokenizer, out, "--num-proc", 2, "--executor", "local", "--tasks", 4)
@@ -85,9 +85,11 @@ def test_a_local_process_that_dies_is_begun_again(tmp_path, corpus, small_tokeni
     wait_for(lambda: list((out / ".work").glob("*.train.bin")))
 
     def find() -> psutil.Process | None:
+        if victim == "encoder":
+            return next(iter(encoders(process)), None)
         for child in psutil.Process(process.pid).children(recursive=True):
             try:
-                if victim in " ".join(child.cmdline()):
+                if "run_share" in " ".join(child.cmdline()):
                     return child
             except psutil.Error:
                 continue
@@ -96,7 +98,7 @@ def test_a_local_process_that_dies_is_begun_again(tmp_path, corpus, small_tokeni
     wait_for(find).send_signal(signal.SIGKILL)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert victim == "spawn_main" or "was killed by signal 9; what it did not finish is done again" in err
+    assert victim == "encoder" or "was killed by signal 9; what it did not finish is done again" in err
     assert content_of(out) == expected
 
 

@@ -10,12 +10,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import content_of, run_here, write_jsonl
-from processes import start, wait_for, write_word_files
+from processes import encoders, start, wait_for, write_word_files
 
 from data_prep.manifest import load_manifest
 
@@ -31,18 +30,6 @@ def corpus(tmp_path: Path) -> Path:
 def arguments(source: Path, tokenizer: Path, out: Path, *more: object) -> list[str]:
     fixed = ("--tokenizer", tokenizer, "--block-size", 16, "--val-fraction", 0.1, "--encoder", "hf")
     return [str(each) for each in ("prep", source, *fixed, "--out", out, *more)]
-
-
-def encoders(process: subprocess.Popen) -> list[psutil.Process]:
-    """The worker processes of a preparation."""
-    found = []
-    for child in psutil.Process(process.pid).children():
-        try:
-            if "spawn_main" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
 
 
 def finished_units(out: Path) -> list[Path]:
