@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from texts import write_repeated, write_texts
@@ -154,23 +155,40 @@ def measure_memory(folder: Path, sizes: list[int], num_proc: int) -> None:
 def run(command: list[object], out: Path) -> dict[str, float] | None:
     """Seconds of a command, peak memory of its largest process, largest size of `out`; None: it failed."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    peak, is_done = [0], threading.Event()
+    peak, memory, is_done = [0], [0], threading.Event()
     out.mkdir(parents=True, exist_ok=True) if "ways" in str(command[1]) else None
     with tempfile.TemporaryFile("w+") as output:
         started_at = time.perf_counter()
         process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=env, stdout=output, stderr=output)
-        watch = threading.Thread(target=watch_disk, args=(out, peak, is_done))
-        watch.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        watches = [
+            threading.Thread(target=watch_disk, args=(out, peak, is_done)),
+            threading.Thread(target=watch_memory, args=(process.pid, memory, is_done)),
+        ]
+        for watch in watches:
+            watch.start()
+        status = process.wait()
         seconds = time.perf_counter() - started_at
         is_done.set()
-        watch.join()
+        for watch in watches:
+            watch.join()
         if status:
             output.seek(0)
             print(output.read()[-2000:], file=sys.stderr)
             shutil.rmtree(out, ignore_errors=True)
             return None
-    return {"seconds": round(seconds, 2), "peak_mib": round(usage.ru_maxrss / 1024), "peak_disk_bytes": peak[0]}
+    return {"seconds": round(seconds, 2), "peak_mib": round(memory[0] / 2**20), "peak_disk_bytes": peak[0]}
+
+
+def watch_memory(pid: int, peak: list[int], is_done: threading.Event) -> None:
+    """Note the largest memory of one process among these and all that it started, looked at ten times a second."""
+    import psutil
+
+    while not is_done.wait(0.1):
+        with suppress(psutil.Error):
+            for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+                with suppress(psutil.Error):
+                    memory = process.memory_info()
+                    peak[0] = max(peak[0], memory.rss - memory.shared)  # without files that are mapped
 
 
 def watch_disk(out: Path, peak: list[int], is_done: threading.Event) -> None:
