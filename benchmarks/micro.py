@@ -108,7 +108,7 @@ def measure(ways: Iterator[Way], shape: Shape, arguments: argparse.Namespace) ->
                 for _ in range(2):  # compile, and take memory
                     way.run()
                 found.append((way, hardware.times_for(way.run, shape.device, arguments.seconds)))
-            except (RuntimeError, NotImplementedError) as error:  # out of memory, or no kernel for this shape
+            except RuntimeError as error:  # out of memory, or no kernel for this shape
                 why_not = str(error).strip().splitlines()[0][:200]
         if why_not is not None:
             note(way, skipped=why_not)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from clm.order import Order, derive_key, permute
-from data_prep.blocks import Blocks, read_rows
+from data_prep.blocks import Blocks, read_rows_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -107,7 +107,7 @@ class TrainBlocks(torch.utils.data.Dataset):
         dataset = np.where(numbers == FILLER, FILLER, dataset)
         rows = [np.flatnonzero(dataset == j) for j in range(len(self.splits))]
         parts = [(split, mine, block[mine]) for split, mine in zip(self.splits, rows, strict=True)]
-        inputs, targets = read_rows(parts, len(samples))
+        inputs, targets = read_rows_of(parts, len(samples))
         for control, mine in zip(self.controls, rows, strict=True):
             if control is not None:
                 targets[mine] = control.targets(block[mine])

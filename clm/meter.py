@@ -95,27 +95,20 @@ class Meter(TrainerCallback):
         self.energy = _open_energy_counter(device)
         self.energy_before: float | None = None
 
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def on_step_begin(self, args, state, control, **kwargs):
-        self.marks.append(self._mark())
+        self.marks.append(mark_time(self.device))
         if self.energy_before is None and self.energy is not None:
             self.energy_before = self.energy()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.marks.append(self._mark())
+        self.marks.append(mark_time(self.device))
 
     def take(self, tokens_per_s: float | None) -> dict[str, float]:
         """The numbers since the last call; the device has just been waited for."""
         begins, ends = self.marks[::2], self.marks[1::2]
         self.marks = []
         found: dict[str, float] = {}
-        seconds = [_between(begin, end) for begin, end in zip(begins, ends, strict=False)]
+        seconds = [seconds_between(begin, end) for begin, end in zip(begins, ends, strict=False)]
         if seconds and sum(seconds) > 0:
             found["step_p50_s"] = statistics.median(seconds)
             found["step_p95_s"] = sorted(seconds)[max(0, -(-95 * len(seconds) // 100) - 1)]
@@ -133,7 +126,17 @@ class Meter(TrainerCallback):
         return found
 
 
-def _between(begin: Any, end: Any) -> float:
+def mark_time(device: torch.device) -> Any:
+    """This moment in the device's own work: on a GPU an event in its queue, which nothing waits for; else seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Between two marks; those of a GPU must have passed."""
     return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 

@@ -32,6 +32,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 
 from clm.launch import make_arguments
+from clm.meter import mark_time, seconds_between
 from clm.model import build_planned_model
 from clm.plan import make_plan
 from clm.recipe import load_recipe
@@ -70,24 +71,17 @@ class Stopwatch(TrainerCallback):
         self.marks: list[list[Any]] = []  # of each step: its beginning, the end of each micro-step, its end
         self.first: Any = None  # the end of the warm-up
 
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def on_step_begin(self, args, state, control, **kwargs):
-        self.marks.append([self._mark()])
+        self.marks.append([mark_time(self.device)])
 
     def on_substep_end(self, args, state, control, **kwargs):
-        self.marks[-1].append(self._mark())
+        self.marks[-1].append(mark_time(self.device))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.marks[-1].append(self._mark())  # the last micro-step, and the clipping of gradients with it
+        self.marks[-1].append(mark_time(self.device))  # the last micro-step, and the clipping of gradients with it
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.marks[-1].append(self._mark())
+        self.marks[-1].append(mark_time(self.device))
         step = state.global_step
         if step == self.warm_up - 1:
             self._wait()
@@ -96,7 +90,7 @@ class Stopwatch(TrainerCallback):
             self._wait()
             seconds = time.perf_counter() - self.began_at
             self.num_steps = min(MOST_STEPS, max(self.num_steps, math.ceil(SECONDS / max(seconds, 1e-6))))
-            self.first = self._mark()
+            self.first = mark_time(self.device)
             self.marks.clear()
         if time.perf_counter() - self.said_at > SAY_S:
             say(step=step, of=self.warm_up + self.num_steps)
@@ -109,16 +103,13 @@ class Stopwatch(TrainerCallback):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _between(self, begin: Any, end: Any) -> float:
-        return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
-
     def take(self) -> list[dict[str, float]]:
         """Of each measured step: `micro_s`, `once_s`, and `num_micro_steps` of which it consisted."""
         found, before = [], self.first
         for begin, *ends, end in self.marks:
-            whole, waited = self._between(before, end), self._between(before, begin)
+            whole, waited = seconds_between(before, end), seconds_between(before, begin)
             borders = [begin, *ends]
-            each = [self._between(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+            each = [seconds_between(a, b) for a, b in zip(borders, borders[1:], strict=False)]
             # where there are several, the last one is measured together with the clipping of gradients
             micro = sum(each[:-1]) / (len(each) - 1) if len(each) > 1 else each[0]
             micro += waited / len(each)

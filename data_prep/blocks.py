@@ -126,7 +126,7 @@ class Blocks:
         What is no target is NO_TARGET, as in `read`; padding among the inputs is what it is in the file.
         """
         blocks = np.asarray(blocks, dtype=np.int64).reshape(-1)
-        return read_rows([(self, np.arange(len(blocks)), blocks)], len(blocks))
+        return read_rows_of([(self, np.arange(len(blocks)), blocks)], len(blocks))
 
     def _copy_to(self, tokens: np.ndarray, following: np.ndarray, rows: np.ndarray, blocks: np.ndarray) -> None:
         """Copy blocks to rows of `tokens` (m, block_size), and what follows each to `following` (m,)."""
@@ -199,7 +199,7 @@ class Blocks:
         return lengths
 
 
-def read_rows(parts: list[tuple[Blocks, np.ndarray, np.ndarray]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def read_rows_of(parts: list[tuple[Blocks, np.ndarray, np.ndarray]], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows from several datasets of one block size T and one dtype: inputs and targets, both int64 (num_rows, T).
 
     Args:

@@ -102,16 +102,16 @@ class Encoder:
         """What the ids have to be; loaded when it is first needed."""
         return ReferenceEncoder(self._raw)
 
-    def encode(self, texts: list[str], data: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[str], data: list[bytes] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts, one after the other (uint32), and the number of ids of each text (int64).
 
         Args:
-            data: The texts in UTF-8.
+            data: The texts in UTF-8, where the caller has them.
         """
         if self._fast is None:
             return self.reference.encode(texts)
         ids, lengths = self._fast.encode(texts)
-        apart = [i for i, each in enumerate(data) if self._is_disputed(each)]
+        apart = [i for i, each in enumerate(data or (text.encode() for text in texts)) if self._is_disputed(each)]
         if apart:
             exact, exact_lengths = self.reference.encode([texts[i] for i in apart])
             pieces = np.split(ids, np.cumsum(lengths)[:-1])

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.disputed import find_disputed
-from data_prep.encoder import EncoderChoice, Ranges, ReferenceEncoder, load_tokenizer_json, reference_name
+from data_prep.encoder import Encoder, EncoderChoice, Ranges, ReferenceEncoder, load_tokenizer_json, reference_name
 from data_prep.fast_encoder import (
     EncoderMismatchError,
     FastEncoder,
@@ -108,20 +108,19 @@ def _try(plan: Plan, stream: Stream, tokenizer: TokenizerInfo, option: str) -> E
             return EncoderChoice(reference.name, False, f"{name} is not proven for this tokenizer: {problem}")
         os.environ.pop("TOKENIZERS_PARALLELISM", None)  # this process forks nobody
         try:
-            fast = FastEncoder(raw)
             disputed = find_disputed(raw.get("pre_tokenizer"))
+            encoder = Encoder(plan.tokenizer_folder, tokenizer, True, disputed)
         except Exception as error:  # whatever a foreign library raises: the reference works
             return EncoderChoice(reference.name, False, f"{name} cannot load this tokenizer ({error})")
         texts = hostile_texts([token["content"] for token in raw["added_tokens"]])
-        texts = [text for text in texts if not any(a <= ord(c) <= b for c in text for a, b in disputed)]
-        wrong = first_difference(texts, fast, ReferenceEncoder(raw))
+        wrong = first_difference(texts, encoder, encoder.reference)
         if wrong is not None:
             return EncoderChoice(reference.name, False, f"{name} gives other ids for the text {texts[wrong][:60]!r}")
         _remember_proof(tokenizer, name, disputed)
     return EncoderChoice(name, True, "", math.ceil(PROVEN_IDS / _count_units(stream)), disputed)
 
 
-def first_difference(texts: list[str], fast: FastEncoder, exact: ReferenceEncoder) -> int | None:
+def first_difference(texts: list[str], fast: Encoder | FastEncoder, exact: ReferenceEncoder) -> int | None:
     """The first text that the two encode differently."""
     ids, lengths = fast.encode(texts)
     exact_ids, exact_lengths = exact.encode(texts)

@@ -74,7 +74,7 @@ def test_control_tokens_in_text_stay_text(small_tokenizer):
     info = describe_tokenizer(small_tokenizer, None)
     encoder = Encoder(small_tokenizer, info, is_fast=False)
     text = "a [EOT] b [BOT][PAD] [UNK]"
-    ids, lengths = encoder.encode([text, "x"], [text.encode(), b"x"])
+    ids, lengths = encoder.encode([text, "x"])
     assert not set(ids.tolist()) & {0, 1, 2, 3} and lengths.sum() == len(ids)
     assert AutoTokenizer.from_pretrained(small_tokenizer).decode(ids[: lengths[0]]) == text
 
