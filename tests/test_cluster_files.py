@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -78,8 +79,12 @@ def test_the_skypilot_script_goes_on_where_the_lost_machine_was(tmp_path, prepar
     while not (listing.exists() and "checkpoint-" in listing.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, (here / "log").read_text()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)  # the machine is gone, with its disk
-    process.wait()
+    machine = psutil.Process(process.pid)  # it is gone, with its disk; torchrun's processes lead groups of their own
+    lost = [machine, *machine.children(recursive=True)]
+    for each in lost:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived one
+            each.kill()
+    assert not psutil.wait_procs(lost, timeout=60)[1]
     assert not (here / "runs" / "tiny" / "final").exists(), "killed too late to show anything"
     shutil.rmtree(here)
     process, here = start("second")
