@@ -34,10 +34,12 @@ def make_stream(plan: Plan, files: list[tuple[int, SourceFile]], folder: Path | 
     Args:
         folder: For downloads, if not the plan's working folder.
     """
+    is_capped = plan.max_docs or plan.max_tokens or any(source.max_documents for source in plan.sources)
+    is_all_needed = not is_capped and not plan.is_spread and folder is None
     return Stream(
         plan.sources,
         files,
-        Downloads(plan.sources, files, folder or plan.work / "downloads", plan.keep_downloads),
+        Downloads(plan.sources, files, folder or plan.work / "downloads", plan.keep_downloads, is_all_needed),
         plan.keep_columns,
         plan.max_tokens,
         plan.max_docs,
