@@ -60,7 +60,7 @@ class EncodeTask:
         content = pickle.loads((self.work / JOBS).read_bytes())
         jobs = content["jobs"]
         mine = jobs[rank * len(jobs) // world_size : (rank + 1) * len(jobs) // world_size]
-        mine = [job for job in mine if load_result(job.work, job.key) is None]
+        mine = [job for job in mine if load_result(job) is None]
         if not mine:
             return
         folder = self.work / f"downloads-{rank}-of-{world_size}"
