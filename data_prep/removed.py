@@ -186,9 +186,8 @@ def read_samples(folder: Path, most: int) -> dict[str, list[tuple[str, str]]]:
     for sample in _read_lines(folder / SAMPLES) if load_manifest(folder).removed is not None else ():
         here = found.setdefault(sample["rule"], [])
         if len(here) < most:
-            here.append(
-                (f"{sample['source']}, record {sample['record']}", sample.get("text") or _changed_lines(sample))
-            )
+            where = f"{sample['source']}, record {sample['record']}"
+            here.append((where, sample["text"] if "text" in sample else _changed_lines(sample)))
     return found
 
 

@@ -29,7 +29,6 @@ from data_prep.tally import Tally
 NUM_IDS = 50  # in each list
 NUM_SAMPLES = 6
 _NUM_REMOVED = 3  # samples of each rule
-_REMOVED_CHARACTERS = 1_000
 _SAMPLE_TOKENS = 300
 _MOST_TOKEN_BYTES = 20  # the last bar holds all that are longer
 
@@ -148,12 +147,7 @@ def _removed(tally: Tally) -> dict[str, list[tuple[str, str]]]:
         return {}
     from data_prep.removed import read_samples
 
-    return {
-        rule: [
-            (source, text[:_REMOVED_CHARACTERS] + " ..." * (len(text) > _REMOVED_CHARACTERS)) for source, text in each
-        ]
-        for rule, each in read_samples(tally.folder, _NUM_REMOVED).items()
-    }
+    return read_samples(tally.folder, _NUM_REMOVED)
 
 
 def _borders(tally: Tally, text: DatasetText) -> dict[str, Any]:
