@@ -46,9 +46,8 @@ def fill_shard(
     end = first + num_blocks * block_size
     indexes = [i for i in range(int(np.searchsorted(starts, first, side="right")) - 1, len(runs)) if starts[i] < end]
     temporary = path.with_suffix(".tmp")
-    done = first  # tokens of the stream up to which the unfinished file is good
-    if is_freeing:
-        done = max([first, *(int(starts[i + 1]) for i in indexes if not runs[i].exists())])
+    # tokens of the stream up to which the unfinished file is good
+    done = max([first, *(int(starts[i + 1]) for i in indexes if not runs[i].exists())])
     good_bytes = len(head) + (done - first) * dtype.itemsize
     if done > first and (not temporary.exists() or temporary.stat().st_size < good_bytes):
         raise UserError(

@@ -44,6 +44,27 @@ def arguments(corpus: Path, tokenizer: Path, out: Path) -> list[str]:
     return [str(each) for each in ("prep", corpus, *fixed, "--out", out)]
 
 
+def stop_when_a_run_is_deleted(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = os.unlink
+
+    def delete_one(path: object, *args: object, **kwargs: object) -> None:
+        unlink(path, *args, **kwargs)
+        if str(path).endswith(".train.bin"):
+            raise Killed
+
+    monkeypatch.setattr(os, "unlink", delete_one)
+    with pytest.raises(Killed):
+        main(command)
+    monkeypatch.setattr(os, "unlink", unlink)
+
+
+def make_options(corpus: Path, tokenizer: Path, out: Path) -> Options:
+    """What `arguments` asks for."""
+    return Options(
+        (str(corpus),), tokenizer=str(tokenizer), block_size=16, val_fraction=0.1, encoder="hf", out=str(out)
+    )
+
+
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 4), (1, 1), (3, 5), (40, 2048)])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_the_file_around_the_tokens_is_what_pyarrow_writes(tmp_path, num_blocks, block_size, dtype):
@@ -117,17 +138,7 @@ def test_a_stop_at_every_write_to_the_disk_of_the_merge_goes_on_to_the_same_byte
 
 def test_when_a_half_filled_shard_is_removed_the_loss_is_said(tmp_path, corpus, small_tokenizer, monkeypatch, fails):
     command = arguments(corpus, small_tokenizer, tmp_path / "out")
-    unlink = os.unlink
-
-    def delete_one(path: object, *args: object, **kwargs: object) -> None:
-        unlink(path, *args, **kwargs)
-        if str(path).endswith(".train.bin"):
-            raise Killed
-
-    monkeypatch.setattr(os, "unlink", delete_one)
-    with pytest.raises(Killed):
-        main(command)
-    monkeypatch.setattr(os, "unlink", unlink)
+    stop_when_a_run_is_deleted(command, monkeypatch)
     (tmp_path / "out" / "train" / "data-00000.tmp").unlink()
     message = fails(*command)
     assert "data-00000.tmp: is gone, and the tokens that it held are nowhere else" in message
@@ -137,9 +148,7 @@ def test_when_a_half_filled_shard_is_removed_the_loss_is_said(tmp_path, corpus, 
 def test_tasks_on_many_machines_delete_runs_when_all_shards_of_them_are_written(tmp_path, corpus, small_tokenizer):
     run_here(*arguments(corpus, small_tokenizer, tmp_path / "one" / "out"))
     out = tmp_path / "many" / "out"
-    options = Options(
-        (str(corpus),), tokenizer=str(small_tokenizer), block_size=16, val_fraction=0.1, encoder="hf", out=str(out)
-    )
+    options = make_options(corpus, small_tokenizer, out)
     plan = make_plan(options)
 
     def make_jobs(settled, encoder):
@@ -161,6 +170,17 @@ def test_tasks_on_many_machines_delete_runs_when_all_shards_of_them_are_written(
     assert runs_left() == before
     ShardTask(options)(None, 0, 2)
     assert runs_left() == []
+    FinishTask(options)(None, 0, 1)
+    assert content_of(out) == content_of(tmp_path / "one" / "out")
+
+
+def test_tasks_go_on_with_a_shard_that_one_process_began(tmp_path, corpus, small_tokenizer, monkeypatch):
+    run_here(*arguments(corpus, small_tokenizer, tmp_path / "one" / "out"))
+    out = tmp_path / "many" / "out"
+    stop_when_a_run_is_deleted(arguments(corpus, small_tokenizer, out), monkeypatch)
+    options = make_options(corpus, small_tokenizer, out)
+    for rank in (1, 0):
+        ShardTask(options)(None, rank, 2)
     FinishTask(options)(None, 0, 1)
     assert content_of(out) == content_of(tmp_path / "one" / "out")
 
