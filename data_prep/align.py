@@ -73,9 +73,11 @@ def write_split(
         if path.exists() and note.exists():
             return ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
         if not path.exists():
+            begin = int(np.searchsorted(starts, first * block_size, side="right")) - 1
+            end = int(np.searchsorted(starts, (first + rows) * block_size))
+            runs = [run_path(work, unit.key, run) for unit in units[begin:end]]  # few of all: there are many shards
             # machines that share the folder cannot know of each other when a run is free before its shard is there
-            runs = [run_path(work, unit.key, run) for unit in units]
-            fill_shard(path, runs, starts, first * block_size, rows, block_size, dtype, is_freeing=part == (0, 1))
+            fill_shard(path, runs, starts[begin : end + 1], first * block_size, rows, block_size, dtype, part == (0, 1))
         info = ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
         if part != (0, 1):
             temporary = note.with_suffix(".tmp")

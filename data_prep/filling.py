@@ -34,9 +34,10 @@ def fill_shard(
     dtype: np.dtype,
     is_freeing: bool,
 ) -> None:
-    """Write a shard of tokens [first, first + num_blocks * block_size) of the stream that the runs make.
+    """Write a shard of tokens [first, first + num_blocks * block_size) of the stream that all runs make.
 
     Args:
+        runs: Those that have some of these tokens, in order.
         starts: Where each run begins in the stream, and the end of the last one.
         is_freeing: Delete the runs that lie in this shard alone; only for one process with the folder.
     Raises:
@@ -44,10 +45,9 @@ def fill_shard(
     """
     head, tail = frame(num_blocks, block_size, dtype)
     end = first + num_blocks * block_size
-    indexes = [i for i in range(int(np.searchsorted(starts, first, side="right")) - 1, len(runs)) if starts[i] < end]
     temporary = path.with_suffix(".tmp")
     # tokens of the stream up to which the unfinished file is good
-    done = max([first, *(int(starts[i + 1]) for i in indexes if not runs[i].exists())])
+    done = max([first, *(int(starts[i + 1]) for i, run in enumerate(runs) if not run.exists())])
     good_bytes = len(head) + (done - first) * dtype.itemsize
     if done > first and (not temporary.exists() or temporary.stat().st_size < good_bytes):
         raise UserError(
@@ -61,15 +61,15 @@ def fill_shard(
             _write(out, head)
         num_waiting = 0  # bytes since the last wait for the disk
         free: list[Path] = []
-        for index in indexes:
+        for index, run in enumerate(runs):
             begin, stop = max(done, int(starts[index])), min(end, int(starts[index + 1]))
-            for tokens in _read(runs[index], begin - int(starts[index]), max(stop - begin, 0), dtype):
+            for tokens in _read(run, begin - int(starts[index]), max(stop - begin, 0), dtype):
                 _write(out, tokens.data)
                 num_waiting += tokens.nbytes
                 if num_waiting >= SYNC_BYTES:
                     num_waiting = _sync_and_delete(out, free)
             if is_freeing and starts[index] >= first and starts[index + 1] <= end:
-                free.append(runs[index])
+                free.append(run)
         _write(out, tail)
         _sync_and_delete(out, free)
     put_in_place(temporary, path)
