@@ -188,20 +188,27 @@ class QuietCollector(TrainerCallback):
     """Python's garbage collector looks at what is new only, and when the run waits anyway.
 
     The objects of torch, the model and the loop live until the end; looking through them takes tens of milliseconds, at
-    any moment, while the GPU runs dry.
+    any moment, while the GPU runs dry. After the first step they are there, and after an evaluation some more: a graph
+    that it compiled, the libraries that it loaded.
     """
 
     def __init__(self) -> None:
         self.is_frozen = False
+        self.has_evaluated = False  # since the last freeze
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.is_frozen:  # after the first step everything that stays is there
+        is_point = control.should_log or control.should_evaluate or control.should_save
+        if not self.is_frozen or (is_point and self.has_evaluated):
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
             gc.disable()
-            self.is_frozen = True
-        elif control.should_log or control.should_evaluate or control.should_save:
+            self.is_frozen, self.has_evaluated = True, False
+        elif is_point:
             gc.collect()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.has_evaluated = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self.thaw()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 from collections import Counter
-from unittest import mock
 
 import pytest
 import torch
@@ -153,15 +151,6 @@ def test_the_collector_of_garbage_is_given_back_and_the_meter_has_measured(train
         # N = 2 (2 x 32 x 32 + 2 x 32 x 16 + 3 x 32 x 64) + 384 x 32, 2 layers, width 32, T = 32
         assert record["mfu"] == pytest.approx(record["tokens_per_s"] * (6 * 30_720 + 12 * 2 * 32 * 32) / 1e9)
         assert 0 < record["step_p50_s"] <= record["step_p95_s"] and 0 <= record["input_wait_fraction"] < 1
-
-
-@pytest.fixture
-def any_order_afterwards():
-    """training.full_determinism is the process's, so it would be that of the tests that follow."""
-    with mock.patch.dict(os.environ):
-        yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
 
 
 @pytest.mark.slow
