@@ -196,6 +196,7 @@ def hf_model(settings: Settings, attention: str = "sdpa") -> Any:
 def run_bare(settings: Settings, turns: Turns) -> None:
     """A loop as one writes it for this model alone."""
     from clm.attention import MASK_FREE, register_mask_free
+    from clm.mixed_precision import use_autocast_experts
 
     register_mask_free()
     if settings.is_null:
@@ -212,6 +213,7 @@ def run_bare(settings: Settings, turns: Turns) -> None:
         body, head = model, torch.nn.Identity()  # it returns logits
     else:
         whole = hf_model(settings, MASK_FREE).to(settings.device).train()
+        use_autocast_experts(whole)
         model, head = whole, whole.lm_head
 
         def body(ids: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from tiny import CONFIG
 from transformers import Trainer, default_data_collator
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from clm.fast_steps import QuietCollector
+
 from .conftest import losses, quiet_config, read_metrics
 
 FEW = ("data.tokens=3072", "data.validation=[]", "training.save_strategy=no")  # 6 steps
+NO_POINT = {"should_log": False, "should_evaluate": False, "should_save": False}
 MIXTRAL = {
     **{k: v for k, v in CONFIG.items() if k not in ("architectures", "model_type")},
     "architectures": ["MixtralForCausalLM"],
@@ -153,6 +157,27 @@ def test_the_collector_of_garbage_is_given_back_and_the_meter_has_measured(train
         assert 0 < record["step_p50_s"] <= record["step_p95_s"] and 0 <= record["input_wait_fraction"] < 1
 
 
+def test_what_an_evaluation_brought_is_looked_through_once():
+    quiet, step, point = (
+        QuietCollector(),
+        SimpleNamespace(**NO_POINT),
+        SimpleNamespace(**NO_POINT | {"should_log": True}),
+    )
+    try:
+        quiet.on_step_end(None, None, step)
+        before, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
+        quiet.on_step_end(None, None, point)
+        assert gc.get_freeze_count() == before, "at a log point only what is new is looked through"
+        quiet.on_evaluate(None, None, step)
+        quiet.on_step_end(None, None, step)
+        assert gc.get_freeze_count() == before, "not between two points"
+        quiet.on_step_end(None, None, point)
+        assert gc.get_freeze_count() > before + len(kept) // 2
+    finally:
+        quiet.thaw()
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, recipe, any_order_afterwards):
@@ -244,7 +269,8 @@ def test_a_loss_that_cannot_be_is_refused(plan_lines):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_nothing_waits_between_two_log_points(train, monkeypatch):
+def test_on_a_gpu_nothing_waits_between_two_log_points(train, recipe, monkeypatch):
+    """With signal handling and the watch for spikes on, as in every run."""
     from clm.fast_steps import FastSteps
 
     real = FastSteps.training_step
@@ -257,7 +283,7 @@ def test_on_a_gpu_nothing_waits_between_two_log_points(train, monkeypatch):
 
     monkeypatch.setattr(FastSteps, "training_step", strict_step)
     try:
-        quiet = ("data.validation=[]", "training.save_strategy=no", "training.logging_steps=20")
+        quiet = (quiet_config(recipe), "data.validation=[]", "training.save_strategy=no", "training.logging_steps=20")
         train(*quiet, "run.spikes={policy: report}", "training.bf16=true", "training.dataloader_num_workers=1")
     finally:
         torch.cuda.set_sync_debug_mode("default")
