@@ -25,7 +25,7 @@ class Variant:
         self.settings = settings
         self.first: dict[str, Any] = {}
         self.warm_up_s = 0.0
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115: until the process ends
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.variants", json.dumps(dataclasses.asdict(settings))],
             stdin=subprocess.PIPE,

@@ -63,8 +63,11 @@ def mixtral(tmp_path):
         ("data.document_mask=true",),
         ("run.loss=whole", "training.per_device_train_batch_size=4"),
         ("training.bf16=true", "training.use_cpu=true"),
+        pytest.param(("model.attention=eager",), marks=pytest.mark.slow),
+        pytest.param(("training.gradient_checkpointing=true",), marks=pytest.mark.slow),
+        pytest.param(("training.dataloader_num_workers=2",), marks=pytest.mark.slow),
     ],
-    ids=["plain", "accumulation", "documents", "whole", "bf16"],
+    ids=["plain", "accumulation", "documents", "whole", "bf16", "eager", "checkpointing", "workers"],
 )
 def test_fast_and_stock_train_the_same(train, overrides, monkeypatch):
     monkeypatch.setattr("clm.loss_only.CHUNK_ROWS", 96)  # several chunks, the last one smaller
@@ -158,11 +161,8 @@ def test_the_collector_of_garbage_is_given_back_and_the_meter_has_measured(train
 
 
 def test_what_an_evaluation_brought_is_looked_through_once():
-    quiet, step, point = (
-        QuietCollector(),
-        SimpleNamespace(**NO_POINT),
-        SimpleNamespace(**NO_POINT | {"should_log": True}),
-    )
+    quiet, step = QuietCollector(), SimpleNamespace(**NO_POINT)
+    point = SimpleNamespace(**NO_POINT | {"should_log": True})
     try:
         quiet.on_step_end(None, None, step)
         before, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
