@@ -46,8 +46,7 @@ class FastSteps(Trainer):
             # One graph for each shape: with Trainer's default the second shape, which evaluation or a stage brings,
             # makes torch.compile compile the training step anew with symbolic sizes, which are slower.
             os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
-            # torch's default lies in /tmp, which a reboot empties and a cluster does not share
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+            keep_compiled_kernels()
         if speed.is_fast:
             keep_freed_memory()
         super().__init__(**kwargs)
@@ -176,6 +175,18 @@ class FastSteps(Trainer):
         if "z_loss" in means:
             means["z_loss"] = means["z_loss"] * self._num_micro_batches  # each has its share of the step's
         return {name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
+
+
+def keep_compiled_kernels() -> None:
+    """Have torch.compile keep its kernels with this project's other caches, for the next start of a run.
+
+    torch's default lies in /tmp, which a reboot empties and a cluster does not share. Importing torch._dynamo writes
+    that default into the environment, so there it is no wish of the user's.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
 
 
 def make_collator(plan: Plan) -> Callable[..., dict[str, Any]]:

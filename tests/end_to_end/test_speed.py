@@ -33,6 +33,12 @@ MIXTRAL = {
 }
 
 
+def cache_hits() -> int:
+    """Graphs that torch.compile found on the disk."""
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+
 def weights_of(run):
     from safetensors.torch import load_file
 
@@ -103,6 +109,18 @@ def test_stock_is_transformers_own(train, monkeypatch):
     seen.clear()
     train(*FEW, "run.speed=fast", name="fast")
     assert seen == {}, "fast does not use stock's step"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speeds", [("fast", "stock"), ("stock", "fast")])
+def test_a_run_may_change_between_fast_and_stock_at_a_resume(train, speeds):
+    short, first, second = ("data.tokens=5120", "run.retention={last: 9}"), *(f"run.speed={speed}" for speed in speeds)
+    straight = train(*short, first, name="straight")
+    run = train(*short, first, name="changed")
+    (run / "final").rename(run / "gone")
+    (run / "checkpoint-10").rename(run / "gone-10")
+    train(*short, second, name="changed")
+    assert_same_training(run, straight)
 
 
 @pytest.mark.slow
@@ -195,8 +213,11 @@ def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, re
     before = losses(run)
     (run / "final").rename(run / "gone")
     (run / "checkpoint-10").rename(run / "gone-10")
+    torch._dynamo.reset()  # a process that starts has compiled nothing yet
+    hits = cache_hits()
     train(*compiled, name="compiled")
     assert losses(run) == before
+    assert cache_hits() > hits, "what was compiled for the first start serves the second"
     # graphs of training and of evaluation, and no third: no shape was made symbolic, nothing was compiled anew
     assert graphs["unique_graphs"] - compiled_before <= 4, "2 in each of the two starts"
 
@@ -269,7 +290,10 @@ def test_a_loss_that_cannot_be_is_refused(plan_lines):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_nothing_waits_between_two_log_points(train, recipe, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [(), ("run.optimizer=muon", "run.ema={decay: 0.9}", "run.z_loss=0.001")], ids=["plain", "muon, EMA, z-loss"]
+)
+def test_on_a_gpu_nothing_waits_between_two_log_points(train, recipe, monkeypatch, more):
     """With signal handling and the watch for spikes on, as in every run."""
     from clm.fast_steps import FastSteps
 
@@ -284,6 +308,6 @@ def test_on_a_gpu_nothing_waits_between_two_log_points(train, recipe, monkeypatc
     monkeypatch.setattr(FastSteps, "training_step", strict_step)
     try:
         quiet = (quiet_config(recipe), "data.validation=[]", "training.save_strategy=no", "training.logging_steps=20")
-        train(*quiet, "run.spikes={policy: report}", "training.bf16=true", "training.dataloader_num_workers=1")
+        train(*quiet, *more, "run.spikes={policy: report}", "training.bf16=true", "training.dataloader_num_workers=1")
     finally:
         torch.cuda.set_sync_debug_mode("default")

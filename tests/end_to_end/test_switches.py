@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from reads import count_reads
 from safetensors.torch import load_file
 
 from .conftest import losses, quiet_config, read_metrics
@@ -84,6 +86,19 @@ def test_all_switches_together_compiled(train, recipe, any_order_afterwards):
     assert numbers(run)["eval_loss"][0] == pytest.approx(numbers(stock)["eval_loss"][0], rel=2e-3)
     for name, values in numbers(eager).items():
         assert numbers(run)[name] == pytest.approx(values, rel=0.02), f"{name}: chunked and not compiled"
+
+
+@pytest.mark.slow
+def test_with_all_switches_no_step_between_two_log_points_reads_a_value(train, recipe):
+    counts = {}
+    for num_steps in (5, 15):
+        length = (f"data.tokens={512 * num_steps}", f"training.logging_steps={num_steps}")
+        quiet = (quiet_config(recipe), *PRECISION, *TRAINING, "data.validation=[]", "training.save_strategy=no")
+        with count_reads() as counts[num_steps]:
+            train(*quiet, "run.spikes={policy: report}", *length, name=f"steps{num_steps}")
+    # the rows that the watch for spikes has fetched at the log point, all at once, are on the host
+    more = Counter(p for p in counts[15].places if "spikes.py" not in p or ".cpu()" in p) - Counter(counts[5].places)
+    assert not more
 
 
 @pytest.mark.slow
