@@ -29,7 +29,7 @@ OVERRIDES += ["training.save_steps=3", "training.logging_steps=1", "training.per
 
 def main() -> None:
     """Train in turns, print the medians."""
-    parser = argparse.ArgumentParser(description="Time that a save takes from training, in the background and not.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3, help="pairs of runs; default: 3")
     parser.add_argument("--config", default="model_configs/llama_170m.json", help="default: llama_170m.json")
     parser.add_argument("--fsdp2", type=int, default=0, metavar="N", help="divided among N processes (on a CPU too)")

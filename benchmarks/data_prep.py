@@ -41,7 +41,7 @@ BLOCK_SIZE = 2048
 
 def main() -> None:
     """Make the text and do one of the three."""
-    parser = argparse.ArgumentParser(description="Data preparation beside other ways, whole commands.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of text; default: 100")
     parser.add_argument("--repeat", type=int, default=1, help="times that each is run, in turns; default: 1")
     parser.add_argument("--num-proc", type=int, default=2, help="worker processes; default: 2")

@@ -17,10 +17,13 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # it is started as a file, too
 
 from clm.dataset import as_batch
 from clm.document_mask import DocumentMask

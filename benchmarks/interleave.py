@@ -9,6 +9,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,12 @@ class Variant:
         self.settings = settings
         self.first: dict[str, Any] = {}
         self.warm_up_s = 0.0
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.variants", json.dumps(dataclasses.asdict(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not sys.stderr.isatty() else subprocess.DEVNULL,
+            stderr=self.said,  # a pipe would be full some day, and stop it
             text=True,
         )
 
@@ -46,8 +48,9 @@ class Variant:
         except BrokenPipeError:
             line = ""
         if not line:
-            said = self.process.stderr.read() if self.process.stderr else ""
-            raise RuntimeError(f"{self.settings.variant} has ended:\n{said[-2000:]}")
+            self.process.wait()
+            self.said.seek(0)
+            raise RuntimeError(f"{self.settings.variant} has ended:\n{self.said.read()[-2000:]}")
         return json.loads(line)
 
 
@@ -69,3 +72,4 @@ def start(settings: list[Settings], num_warm_up_steps: int) -> Iterator[list[Var
         for variant in variants:
             variant.process.kill()
             variant.process.wait()
+            variant.said.close()

@@ -67,10 +67,14 @@ class Shape:
 def there_and_back(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[[], Any]:
     """Forward, and backward to all inputs that have gradients."""
     by = [each for each in inputs if each.requires_grad]
-    gradient = torch.randn_like(function(*inputs))
+    gradient: torch.Tensor | None = None
 
     def run() -> Any:
-        return torch.autograd.grad(function(*inputs), by, gradient)
+        nonlocal gradient
+        output = function(*inputs)
+        if gradient is None:
+            gradient = torch.randn_like(output)
+        return torch.autograd.grad(output, by, gradient)
 
     return run
 

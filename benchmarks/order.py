@@ -5,6 +5,7 @@ python benchmarks/order.py             prints JSON lines and a table
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
@@ -29,6 +30,7 @@ CASES = {
 
 def main() -> None:
     """Measure each case three times, interleaved; one core."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in CASES}
     for _ in range(3):
         for name, sources in CASES.items():

@@ -30,7 +30,7 @@ PACKINGS = ("concat", "best_fit", "pad")
 
 def main() -> None:
     """Make the text and a tokenizer, and prepare it in every way."""
-    parser = argparse.ArgumentParser(description="The packings beside each other.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="what prep is given instead of this machine's text")
     parser.add_argument("--prep-args", default="", help="options of prep for it")
     parser.add_argument("--megabytes", type=int, default=200, help="of this machine's text; default: 200")

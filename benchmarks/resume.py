@@ -28,7 +28,7 @@ POSITION = 10_000_000  # samples
 
 def main() -> None:
     """Make the two runs, resume each several times, print the medians."""
-    parser = argparse.ArgumentParser(description="Time to the first forward after a resume, near and far.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="pairs of resumes; default: 5")
     repeat = parser.parse_args().repeat
     with tempfile.TemporaryDirectory() as folder:

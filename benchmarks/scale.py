@@ -175,7 +175,7 @@ def draw(models: list[Model], cluster: Cluster, path: Path) -> None:
 
 def main() -> None:
     """Print the tables and draw the picture."""
-    parser = argparse.ArgumentParser(description="Memory, traffic and efficiency on 1 to 1,024 GPUs, from formulas.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in vars(Cluster()).items():
         parser.add_argument(f"--{name.removesuffix('_s')}", dest=name, type=float, default=value)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images" / "scale.svg")

@@ -1,12 +1,13 @@
 """What does it cost each step to look for a request to stop? One process, and two that agree over gloo.
 
-python benchmarks/signals.py           prints JSON lines and a table
+    python benchmarks/signals.py           prints JSON lines and a table
 
 A step is a sleep of 5 ms, and with two processes a barrier, which stands for the all-reduce of the gradients.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -56,6 +57,7 @@ def measure(rank: int, num_processes: int, folder: str) -> None:
 
 def main() -> None:
     """Measure with one process, then with two, three times each."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"| processes | median | 99 of 100 steps |  {os.cpu_count()} cores\n|---|---|---|", file=sys.stderr)
     for _ in range(3):
         for num_processes in (1, 2):

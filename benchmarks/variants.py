@@ -11,7 +11,8 @@ In: `Settings` as JSON, then orders on stdin (benchmarks/turns.py): numbers of s
     gpt             nanoGPT-style: a plain GPT block model of about as many matrix parameters, in the loop of bare
     litgpt          litgpt's model class with the same shape, in the loop of bare
 
-`_compiled` behind a name compiles it, `ours_stock` is `run.speed: stock`, `stock_liger` has Liger's kernels.
+`_compiled` behind a name compiles it, `ours_stock` is `run.speed: stock`, `ours_residual` has the residual stream in
+bf16, `stock_liger` has Liger's kernels.
 """
 
 from __future__ import annotations
@@ -85,7 +86,11 @@ def run_ours(settings: Settings, turns: Turns) -> None:
     os.environ["RUNS_DIR"] = str(folder)
     tokens_per_step = settings.rows * settings.block_size * settings.accumulation
     document = {
-        "model": {"config": settings.config, "attention": settings.attention},
+        "model": {
+            "config": settings.config,
+            "attention": settings.attention,
+            "residual_dtype": "bf16" if "_residual" in settings.variant else "fp32",
+        },
         "data": {
             "mixture": [{"dataset": settings.dataset}],
             "block_size": settings.block_size,
@@ -196,6 +201,7 @@ def hf_model(settings: Settings, attention: str = "sdpa") -> Any:
 def run_bare(settings: Settings, turns: Turns) -> None:
     """A loop as one writes it for this model alone."""
     from clm.attention import MASK_FREE, register_mask_free
+    from clm.mixed_precision import use_autocast_experts
 
     register_mask_free()
     if settings.is_null:
@@ -212,6 +218,7 @@ def run_bare(settings: Settings, turns: Turns) -> None:
         body, head = model, torch.nn.Identity()  # it returns logits
     else:
         whole = hf_model(settings, MASK_FREE).to(settings.device).train()
+        use_autocast_experts(whole)
         model, head = whole, whole.lm_head
 
         def body(ids: torch.Tensor) -> torch.Tensor:

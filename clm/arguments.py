@@ -142,7 +142,7 @@ def check_training(recipe: Recipe) -> dict[str, Any]:
     _check_run_name(recipe, problems)
     _check_optimizer_package(checked, problems)
     _count_schedule_in_tokens(recipe, checked)
-    _check_schedule(checked, problems)
+    _check_schedule(recipe, checked)
     return checked
 
 
@@ -194,8 +194,8 @@ def _check_optimizer_package(checked: dict[str, Any], problems: Problems) -> Non
         problems.add("training.optim", f"is {optim!r} but {needs} is not installed. Run pip install {needs}.")
 
 
-def _check_schedule(checked: dict[str, Any], problems: Problems) -> None:
-    kind = checked.get("lr_scheduler_type", "linear")
+def _check_schedule(recipe: Recipe, checked: dict[str, Any]) -> None:
+    problems, kind = recipe.problems, checked.get("lr_scheduler_type", "linear")
     kwargs = checked.get("lr_scheduler_kwargs") or {}
     if not isinstance(kwargs, dict):
         problems.add(
@@ -211,6 +211,16 @@ def _check_schedule(checked: dict[str, Any], problems: Problems) -> None:
         problems.add(
             "training.lr_scheduler_kwargs.min_lr_rate",
             f"is missing. {kind} needs the floor: min_lr_rate: 0.1 for a tenth of the peak.",
+        )
+    warms_up_otherwise = str(checked.get("optim", "")).startswith("schedule_free") or any(
+        stage.schedule is not None for stage in recipe.data.stages
+    )
+    if kind == "constant" and checked.get("warmup_steps") and not warms_up_otherwise:
+        in_tokens = recipe.run.warmup_tokens is not None
+        problems.add(
+            "run.warmup_tokens" if in_tokens else "training.warmup_steps",
+            "is set but training.lr_scheduler_type is constant, which has no warm-up. Set constant_with_warmup, or "
+            "remove it.",
         )
 
 

@@ -46,8 +46,7 @@ class FastSteps(Trainer):
             # One graph for each shape: with Trainer's default the second shape, which evaluation or a stage brings,
             # makes torch.compile compile the training step anew with symbolic sizes, which are slower.
             os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "false")
-            # torch's default lies in /tmp, which a reboot empties and a cluster does not share
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+            keep_compiled_kernels()
         if speed.is_fast:
             keep_freed_memory()
         super().__init__(**kwargs)
@@ -180,6 +179,18 @@ class FastSteps(Trainer):
         return {name: self.accelerator.gather(mean).mean().item() for name, mean in means.items()}
 
 
+def keep_compiled_kernels() -> None:
+    """Have torch.compile keep its kernels with this project's other caches, for the next start of a run.
+
+    torch's default lies in /tmp, which a reboot empties and a cluster does not share. Importing torch._dynamo writes
+    that default into the environment, so there it is no wish of the user's.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
+
+
 def make_collator(plan: Plan) -> Callable[..., dict[str, Any]]:
     """What makes a micro-batch: clm.dataset.collate, or with `run.speed: stock` transformers' default_data_collator."""
     collator = partial(collate, with_labels=plan.speed.loss is None) if plan.speed.is_fast else collate_as_stock
@@ -190,20 +201,27 @@ class QuietCollector(TrainerCallback):
     """Python's garbage collector looks at what is new only, and when the run waits anyway.
 
     The objects of torch, the model and the loop live until the end; looking through them takes tens of milliseconds, at
-    any moment, while the GPU runs dry.
+    any moment, while the GPU runs dry. After the first step they are there, and after an evaluation some more: a graph
+    that it compiled, the libraries that it loaded.
     """
 
     def __init__(self) -> None:
         self.is_frozen = False
+        self.has_evaluated = False  # since the last freeze
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not self.is_frozen:  # after the first step everything that stays is there
+        is_point = control.should_log or control.should_evaluate or control.should_save
+        if not self.is_frozen or (is_point and self.has_evaluated):
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
             gc.disable()
-            self.is_frozen = True
-        elif control.should_log or control.should_evaluate or control.should_save:
+            self.is_frozen, self.has_evaluated = True, False
+        elif is_point:
             gc.collect()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.has_evaluated = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self.thaw()

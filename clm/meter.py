@@ -1,4 +1,4 @@
-"""What metrics.jsonl says about speed beside tokens per second: MFU, waiting for data, step times, memory, energy.
+"""What metrics.jsonl says about speed: tokens per second, MFU, waiting for data, step times, memory, energy.
 
 In: Trainer's events. Out: numbers at log points (`take`); between them nothing waits for the device.
 
@@ -103,19 +103,24 @@ class Meter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.marks.append(mark_time(self.device))
 
-    def take(self, tokens_per_s: float | None) -> dict[str, float]:
-        """The numbers since the last call; the device has just been waited for."""
+    def take(self, tokens_per_step: int) -> dict[str, float]:
+        """The numbers since the last call; the device has just been waited for.
+
+        Tokens per second are counted over steps, by the device's own clock: a host only queues a GPU's work, and is
+        done with the last steps before the device is.
+        """
         begins, ends = self.marks[::2], self.marks[1::2]
         self.marks = []
         found: dict[str, float] = {}
         seconds = [seconds_between(begin, end) for begin, end in zip(begins, ends, strict=False)]
         if seconds and sum(seconds) > 0:
+            found["tokens_per_s"] = len(seconds) * tokens_per_step / sum(seconds)
             found["step_p50_s"] = statistics.median(seconds)
             found["step_p95_s"] = sorted(seconds)[max(0, -(-95 * len(seconds) // 100) - 1)]
             found["input_wait_fraction"] = self.wait_s / (sum(seconds) + self.wait_s)
         self.wait_s = 0.0
-        if tokens_per_s and self.peak and self.flops:
-            found["mfu"] = tokens_per_s / self.num_devices * self.flops / self.peak
+        if "tokens_per_s" in found and self.peak and self.flops:
+            found["mfu"] = found["tokens_per_s"] / self.num_devices * self.flops / self.peak
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         if self.energy is not None:

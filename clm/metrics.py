@@ -102,8 +102,8 @@ class JsonLines:
 class Progress(TrainerCallback):
     """A bar with loss, learning rate, tokens/s and time left; lines where there is no terminal.
 
-    Replaces Trainer's ProgressCallback, which knows no tokens. The meter lives here too: `seconds` is the training time
-    over all resumes (evaluation and saving included), `tokens_per_s` the rate since the last log point without them.
+    Replaces Trainer's ProgressCallback, which knows no tokens. `seconds` is the training time over all resumes,
+    evaluation and saving included; how fast the steps are is the meter's (clm/meter.py).
     """
 
     def __init__(self, tokens_per_step: int, show: bool, as_bar: bool | None = None):
@@ -113,32 +113,18 @@ class Progress(TrainerCallback):
         self.bar: tqdm | None = None
         self.seconds_before = 0.0  # of the resumed checkpoint
         self.started_at = time.perf_counter()
-        self._step_seconds = 0.0
-        self._steps = 0
-        self._step_started_at = 0.0
 
     @property
     def seconds(self) -> float:
         """Training time of this run, all its resumes together."""
         return self.seconds_before + time.perf_counter() - self.started_at
 
-    def take_tokens_per_s(self) -> float | None:
-        """Tokens per second since the last call, counted over training steps only; None before the first step."""
-        steps, seconds = self._steps, self._step_seconds
-        self._steps, self._step_seconds = 0, 0.0
-        return steps * self.tokens_per_step / seconds if steps and seconds > 0 else None
-
     def on_train_begin(self, args, state, control, **kwargs):
         self.started_at = time.perf_counter()
         if self.show and self.as_bar:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._step_started_at = time.perf_counter()
-
     def on_step_end(self, args, state, control, **kwargs):
-        self._step_seconds += time.perf_counter() - self._step_started_at
-        self._steps += 1
         if self.bar is not None:
             self.bar.update(1)
 

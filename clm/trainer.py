@@ -253,8 +253,7 @@ class ClmTrainer(FastSteps):
         logs, details = {**logs, "tokens": self.num_tokens}, {}
         if is_training_point:
             details = self.spikes.complete_logs(logs)
-            logs["tokens_per_s"] = self.progress.take_tokens_per_s()
-            logs |= self.take_parts() | self.meter.take(logs["tokens_per_s"])
+            logs |= self.take_parts() | self.meter.take(self.stage.tokens_per_step)
         logs["time_s"] = self.progress.seconds
         super().log(dict(logs), start_time)
         if self.is_world_process_zero():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny import CONFIG
 
 from benchmarks.time_to_loss import tokens_to
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
@@ -64,6 +67,24 @@ def test_tokens_to_a_loss_are_those_of_real_runs(run_cli, prepared, tmp_path):
     assert (stock["variant"], ours["variant"]) == ("stock", "ours") and stock["tokens"] == ours["tokens"] == 10_240
     assert 0 < ours["eval_loss"] < 6 and 0 < stock["eval_loss"] < 6 and stock["train_s"] > 0
     assert "of stock's" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_residual_stream_in_bf16_loses_as_bf16_does(run_cli):
+    result = run_cli(["benchmarks/parity.py", "--steps", "10", "--bf16", "--variants", "ours", "ours_residual"])
+    assert result.code == 0, result.stderr
+    ours, residual = map(json.loads, _json_lines(result.stdout))
+    assert 0 < ours["largest_difference"] < 5e-3 and 0 < residual["largest_difference"] < 0.02
+    assert residual["last_loss"] != ours["last_loss"], "the switch does something"
+
+
+@pytest.mark.slow
+def test_every_benchmark_says_what_it_measures_and_how_it_is_started(run_cli):
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        if "description=__doc__" in (text := path.read_text(encoding="utf-8")):
+            result = run_cli([path, "--help"])
+            assert result.code == 0, result.stderr
+            assert text[3:].partition("\n")[0] in result.stdout.replace("\n", " "), path.name
 
 
 def test_the_tokens_that_reach_a_loss_lie_between_two_budgets():

@@ -23,13 +23,14 @@ CONFIG = {
 }
 
 
-def make_model(attention: str = "sdpa", kind: type | None = None):
-    """The model with weights of seed 0, far from uniform; `kind` is another class than LlamaForCausalLM."""
+def make_model(attention: str = "sdpa", kind: type | None = None, **other: int):
+    """The model with weights of seed 0, far from uniform; `kind` is another class than LlamaForCausalLM, `other` than
+    SHAPE."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, initializer_range=0.2, use_cache=False)  # no cache: as Trainer sets it
+    config = LlamaConfig(**{**SHAPE, **other}, initializer_range=0.2, use_cache=False)  # no cache: as Trainer sets it
     model = (kind or LlamaForCausalLM)(config).eval()
     model.config._attn_implementation = attention  # also one whose package is not installed here
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,34 @@ def test_what_the_meter_says():
     meter = Meter(torch.device("cpu"), 902_799_360, 989e12, num_devices=1)
     meter.marks = [0.0, 0.1, 0.1, 0.2, 0.2, 0.5]
     meter.wait_s = 0.125
-    found = meter.take(100_000.0)
+    found = meter.take(16_667)
+    assert found["tokens_per_s"] == pytest.approx(3 * 16_667 / 0.5)
     assert found["mfu"] == pytest.approx(0.0913, abs=5e-5)  # 90.28 TFLOP/s of 989
     assert found["step_p50_s"] == pytest.approx(0.1) and found["step_p95_s"] == pytest.approx(0.3)
     assert found["input_wait_fraction"] == pytest.approx(0.125 / 0.625)
-    assert meter.take(None) == {}
-    assert "mfu" not in Meter(torch.device("cpu"), 1, None, 1).take(10.0), "unknown device: none printed"
+    assert meter.take(16_667) == {}, "no step since"
+    unknown = Meter(torch.device("cpu"), 1, None, 1)
+    unknown.marks = [0.0, 0.1]
+    assert "mfu" not in unknown.take(10), "unknown device: none printed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_step_lasts_until_the_device_is_done():
+    meter = Meter(torch.device("cuda"), None, None, 1)
+    x = torch.randn(4096, 4096, device="cuda")
+    torch.mm(x, x)
+    torch.cuda.synchronize()
+    began_at = time.perf_counter()
+    for _ in range(5):
+        meter.on_step_begin(None, None, None)
+        for _ in range(20):
+            torch.mm(x, x)
+        meter.on_step_end(None, None, None)
+    queued_s = time.perf_counter() - began_at
+    torch.cuda.synchronize()
+    whole_s = time.perf_counter() - began_at
+    assert queued_s < whole_s / 2, "the host is done long before"
+    found = meter.take(1000)
+    assert found["tokens_per_s"] == pytest.approx(5 * 1000 / whole_s, rel=0.1)
+    assert found["peak_memory_bytes"] >= 2 * 4 * 4096**2

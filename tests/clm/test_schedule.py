@@ -39,7 +39,9 @@ SHAPES = {
         warmed(cosine),
     ),
     "linear": (["training.lr_scheduler_type=linear"], warmed(lambda k: (STEPS - k) / (STEPS - WARMUP))),
+    "cosine": (["training.lr_scheduler_type=cosine"], warmed(lambda k: (cosine(k) - FLOOR) / (1 - FLOOR))),
     "constant": (["training.lr_scheduler_type=constant_with_warmup"], warmed(lambda k: 1.0)),
+    "constant, no warm-up": (["training.lr_scheduler_type=constant"], lambda k: 1.0),
     "inverse square root": (
         ["training.lr_scheduler_type=inverse_sqrt"],
         warmed(lambda k: math.sqrt(WARMUP / k)),
@@ -57,12 +59,18 @@ UNITS = {
     "steps": ["training.warmup_steps=10"],
     "share": ["training.warmup_steps=0.1"],
     "tokens": ["run.warmup_tokens=5_120"],
+    "none": ["training.warmup_steps=0"],
 }
 MARKS = [0, 1, WARMUP - 1, WARMUP, STEPS // 2, STEPS - DECAY, STEPS - DECAY // 2, STEPS - 1]
 
 
 @pytest.mark.parametrize(
-    "shape, unit", [*((shape, "steps") for shape in SHAPES), ("linear", "share"), ("cosine with floor", "tokens")]
+    "shape, unit",
+    [
+        *((shape, "none" if shape == "constant, no warm-up" else "steps") for shape in SHAPES),
+        ("linear", "share"),
+        ("cosine with floor", "tokens"),
+    ],
 )
 def test_rates_are_those_of_the_formula(plan_of, shape, unit):
     overrides, formula = SHAPES[shape]
@@ -83,6 +91,14 @@ def test_the_decay_is_said_in_tokens_or_as_a_share(plan_of, decay):
     "overrides, text",
     [
         (["run.warmup_tokens=1K", "training.warmup_steps=2"], "run.warmup_tokens is set together with"),
+        (
+            ["training.lr_scheduler_type=constant", "training.warmup_steps=10"],
+            "training.warmup_steps is set but training.lr_scheduler_type is constant, which has no warm-up",
+        ),
+        (
+            ["training.lr_scheduler_type=constant", "run.warmup_tokens=1K"],
+            "run.warmup_tokens is set but training.lr_scheduler_type is constant",
+        ),
         (["run.decay_tokens=1K"], "run.decay_tokens is set but only training.lr_scheduler_type: warmup_stable_decay"),
         (
             [*WSD, "run.decay_tokens=1K", "training.lr_scheduler_kwargs.num_decay_steps=3"],
@@ -90,6 +106,6 @@ def test_the_decay_is_said_in_tokens_or_as_a_share(plan_of, decay):
         ),
     ],
 )
-def test_two_answers_are_refused(plan_of, overrides, text):
+def test_what_would_have_no_effect_and_two_answers_are_refused(plan_of, overrides, text):
     with pytest.raises(RecipeError, match=text):
         plan_of(*overrides)

@@ -196,6 +196,7 @@ def test_judging_never_waits_for_a_value():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_judging_and_the_gate_never_wait():
     detector = Detector(8, 10.0, "cuda")
     weight = torch.ones(4, device="cuda", requires_grad=True)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -63,6 +64,17 @@ def train(recipe: Path) -> Callable[..., Path]:
         return Path(os.environ["RUNS_DIR"]) / name
 
     return run
+
+
+@pytest.fixture
+def any_order_afterwards():
+    """training.full_determinism is the process's, so it would be that of the tests that follow."""
+    import torch
+
+    with mock.patch.dict(os.environ):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model
 
+import run_clm
 from clm.checkpoint import find_damage
 from clm.ema import Ema
+from clm.fork import anneal_run, extend_run
 from clm.run_folder import list_weights
 from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config, read_metrics
+from .poison import on, spikes
 from .test_launch import TORCHRUN, launch
 from .test_speed import MIXTRAL
 
@@ -150,3 +153,56 @@ def test_what_cannot_be_averaged_is_refused(train, monkeypatch, prepared):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="run.ema is set but the weights are divided among processes"):
         train("run.ema={decay: 0.9}")
+
+
+def assert_average_of(run, first, last, decay=0.9):
+    """ema/ of a checkpoint is the formula over the weights of the steps after `first`, whose average is given."""
+    average = weights(run / f"checkpoint-{first}" / "ema")
+    for step in range(first + 1, last + 1):
+        share = min(decay, (1 + step) / (10 + step))
+        now = weights(run / f"checkpoint-{step}")
+        average = {name: share * average[name] + (1 - share) * now[name] for name in now}
+    kept = weights(run / f"checkpoint-{last}" / "ema")
+    assert all(torch.allclose(kept[name], average[name], rtol=0, atol=1e-7 * (last - first)) for name in kept)
+
+
+@pytest.mark.slow
+def test_after_a_rollback_the_average_knows_nothing_of_the_steps_that_were_taken_back(train, poisoned):
+    run = train(*on(poisoned, "rollback", *EMA, "training.save_steps=1"))
+    (event,) = spikes(run, "rollback")
+    assert (event["step"], event["last_step"], event["to_step"]) == (41, 42, 40)
+    assert_average_of(run, 1, 60)
+    assert_equal(weights(run / "final-ema"), weights(run / "checkpoint-60" / "ema"))
+
+
+@pytest.mark.slow
+def test_an_annealed_and_an_extended_run_go_on_with_the_average_of_their_trunk(train):
+    constant = ["training.lr_scheduler_type=constant_with_warmup", "training.lr_scheduler_kwargs=null"]
+    constant += ["training.warmup_steps=1"]
+    trunk = train(*EMA, *constant, "data.tokens=5120", name="trunk")
+    straight = train(*EMA, *constant, "data.tokens=7680", name="straight")
+    anneal_run(str(trunk / "checkpoint-8"), 2_048, None, None)
+    annealed = trunk.with_name("trunk-anneal-8")
+    run_clm.main([str(annealed / "recipe.yaml")])
+    assert_equal(weights(annealed / "checkpoint-8" / "ema"), weights(trunk / "checkpoint-8" / "ema"))
+    assert_average_of(annealed, 8, 12)
+    assert_equal(weights(annealed / "final-ema"), weights(annealed / "checkpoint-12" / "ema"))
+    extend_run("trunk", 7_680, None)
+    assert not (trunk / "final-ema").exists()
+    run_clm.main([str(trunk / "recipe.yaml")])
+    assert losses(trunk) == losses(straight)
+    assert_equal(weights(trunk / "final-ema"), weights(straight / "final-ema"))
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_an_average_later_begins_it_with_the_weights_of_its_checkpoint(train, capsys):
+    run = train("data.tokens=3072", "training.save_steps=1", "run.retention={last: 99}", name="late")
+    (run / "final").rename(run / "gone")
+    for step in (5, 6):
+        (run / f"checkpoint-{step}").rename(run / f"gone-{step}")
+    train("data.tokens=3072", *EMA, "--allow-changes", name="late")
+    assert "has no average of its weights: run.ema begins there" in capsys.readouterr().out
+    before, now = weights(run / "checkpoint-4"), weights(run / "checkpoint-5")
+    share = (1 + 5) / (10 + 5)
+    kept = weights(run / "checkpoint-5" / "ema")
+    assert all(torch.allclose(kept[n], share * before[n] + (1 - share) * now[n], rtol=0, atol=1e-6) for n in now)

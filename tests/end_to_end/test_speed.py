@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 from collections import Counter
-from unittest import mock
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +15,12 @@ from tiny import CONFIG
 from transformers import Trainer, default_data_collator
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from clm.fast_steps import QuietCollector
+
 from .conftest import losses, quiet_config, read_metrics
 
 FEW = ("data.tokens=3072", "data.validation=[]", "training.save_strategy=no")  # 6 steps
+NO_POINT = {"should_log": False, "should_evaluate": False, "should_save": False}
 MIXTRAL = {
     **{k: v for k, v in CONFIG.items() if k not in ("architectures", "model_type")},
     "architectures": ["MixtralForCausalLM"],
@@ -29,6 +31,12 @@ MIXTRAL = {
     "router_aux_loss_coef": 1.0,
     "attention_dropout": 0.0,
 }
+
+
+def cache_hits() -> int:
+    """Graphs that torch.compile found on the disk."""
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def weights_of(run):
@@ -61,8 +69,11 @@ def mixtral(tmp_path):
         ("data.document_mask=true",),
         ("run.loss=whole", "training.per_device_train_batch_size=4"),
         ("training.bf16=true", "training.use_cpu=true"),
+        pytest.param(("model.attention=eager",), marks=pytest.mark.slow),
+        pytest.param(("training.gradient_checkpointing=true",), marks=pytest.mark.slow),
+        pytest.param(("training.dataloader_num_workers=2",), marks=pytest.mark.slow),
     ],
-    ids=["plain", "accumulation", "documents", "whole", "bf16"],
+    ids=["plain", "accumulation", "documents", "whole", "bf16", "eager", "checkpointing", "workers"],
 )
 def test_fast_and_stock_train_the_same(train, overrides, monkeypatch):
     monkeypatch.setattr("clm.loss_only.CHUNK_ROWS", 96)  # several chunks, the last one smaller
@@ -98,6 +109,18 @@ def test_stock_is_transformers_own(train, monkeypatch):
     seen.clear()
     train(*FEW, "run.speed=fast", name="fast")
     assert seen == {}, "fast does not use stock's step"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speeds", [("fast", "stock"), ("stock", "fast")])
+def test_a_run_may_change_between_fast_and_stock_at_a_resume(train, speeds):
+    short, first, second = ("data.tokens=5120", "run.retention={last: 9}"), *(f"run.speed={speed}" for speed in speeds)
+    straight = train(*short, first, name="straight")
+    run = train(*short, first, name="changed")
+    (run / "final").rename(run / "gone")
+    (run / "checkpoint-10").rename(run / "gone-10")
+    train(*short, second, name="changed")
+    assert_same_training(run, straight)
 
 
 @pytest.mark.slow
@@ -155,13 +178,22 @@ def test_the_collector_of_garbage_is_given_back_and_the_meter_has_measured(train
         assert 0 < record["step_p50_s"] <= record["step_p95_s"] and 0 <= record["input_wait_fraction"] < 1
 
 
-@pytest.fixture
-def any_order_afterwards():
-    """training.full_determinism is the process's, so it would be that of the tests that follow."""
-    with mock.patch.dict(os.environ):
-        yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+def test_what_an_evaluation_brought_is_looked_through_once():
+    quiet, step = QuietCollector(), SimpleNamespace(**NO_POINT)
+    point = SimpleNamespace(**NO_POINT | {"should_log": True})
+    try:
+        quiet.on_step_end(None, None, step)
+        before, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
+        quiet.on_step_end(None, None, point)
+        assert gc.get_freeze_count() == before, "at a log point only what is new is looked through"
+        quiet.on_evaluate(None, None, step)
+        quiet.on_step_end(None, None, step)
+        assert gc.get_freeze_count() == before, "not between two points"
+        quiet.on_step_end(None, None, point)
+        assert gc.get_freeze_count() > before + len(kept) // 2
+    finally:
+        quiet.thaw()
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
 
 
 @pytest.mark.slow
@@ -181,8 +213,11 @@ def test_a_compiled_run_evaluates_resumes_and_saves_as_one_that_is_not(train, re
     before = losses(run)
     (run / "final").rename(run / "gone")
     (run / "checkpoint-10").rename(run / "gone-10")
+    torch._dynamo.reset()  # a process that starts has compiled nothing yet
+    hits = cache_hits()
     train(*compiled, name="compiled")
     assert losses(run) == before
+    assert cache_hits() > hits, "what was compiled for the first start serves the second"
     # graphs of training and of evaluation, and no third: no shape was made symbolic, nothing was compiled anew
     assert graphs["unique_graphs"] - compiled_before <= 4, "2 in each of the two starts"
 
@@ -255,7 +290,11 @@ def test_a_loss_that_cannot_be_is_refused(plan_lines):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_nothing_waits_between_two_log_points(train, monkeypatch):
+@pytest.mark.parametrize(
+    "more", [(), ("run.optimizer=muon", "run.ema={decay: 0.9}", "run.z_loss=0.001")], ids=["plain", "muon, EMA, z-loss"]
+)
+def test_on_a_gpu_nothing_waits_between_two_log_points(train, recipe, monkeypatch, more):
+    """With signal handling and the watch for spikes on, as in every run."""
     from clm.fast_steps import FastSteps
 
     real = FastSteps.training_step
@@ -268,7 +307,7 @@ def test_on_a_gpu_nothing_waits_between_two_log_points(train, monkeypatch):
 
     monkeypatch.setattr(FastSteps, "training_step", strict_step)
     try:
-        quiet = ("data.validation=[]", "training.save_strategy=no", "training.logging_steps=20")
-        train(*quiet, "run.spikes={policy: report}", "training.bf16=true", "training.dataloader_num_workers=1")
+        quiet = (quiet_config(recipe), "data.validation=[]", "training.save_strategy=no", "training.logging_steps=20")
+        train(*quiet, *more, "run.spikes={policy: report}", "training.bf16=true", "training.dataloader_num_workers=1")
     finally:
         torch.cuda.set_sync_debug_mode("default")
