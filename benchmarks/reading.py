@@ -36,7 +36,7 @@ from data_prep.paths import dataset_folder
 
 def main() -> None:
     """Measure each way in turns, print the medians."""
-    parser = argparse.ArgumentParser(description="Reading prepared blocks for training, beside stock ways.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a prepared dataset: its name or folder")
     parser.add_argument("--rows", type=int, default=32, help="of a micro-batch; default: 32")
     parser.add_argument("--repeat", type=int, default=5, help="times that each is run, in turns; default: 5")
