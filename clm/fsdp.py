@@ -18,6 +18,7 @@ import torch
 
 from clm.arguments import DEFAULTS
 from clm.host_memory import freed_memory_goes_back
+from clm.tensor_parallel import divide, tp_size
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +39,14 @@ def is_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def is_divided() -> bool:
+    """Whether each process of this launch holds a part of the weights in DTensors: FSDP2 or tensor parallelism."""
+    return is_fsdp() or tp_size() > 1
+
+
 def check_parallelism(recipe: Recipe) -> None:
-    """Refuse launcher files that divide rows or matrices among processes; problems go to recipe.problems."""
-    for name, what in (("TP", "tensor parallelism"), ("CP", "context parallelism"), ("SP", "sequence parallelism")):
+    """Refuse launcher files that divide rows among processes; problems go to recipe.problems."""
+    for name, what in (("CP", "context parallelism"), ("SP", "sequence parallelism")):
         size = int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
         if size > 1:
             recipe.problems.messages.append(
@@ -142,15 +148,19 @@ def shard(trainer: ClmTrainer) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     accelerator, model, device = trainer.accelerator, trainer.model, trainer.args.device
-    if trainer.plan.precision == "bf16":
-        # accelerate's own policy would add gradients up in bf16
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     kept = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta}
-    warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # accelerate's way to make HSDP's mesh
-    fsdp2_prepare_model(accelerator, model)
-    offload = accelerator.state.fsdp_plugin.cpu_offload
-    model.to_empty(device="cpu" if getattr(offload, "pin_memory", None) is not None else device)
+    if tp_size() > 1:
+        divide(model, accelerator.torch_device_mesh["tp"])
+    else:
+        if trainer.plan.precision == "bf16":
+            # accelerate's own policy would add gradients up in bf16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # accelerate's way to make HSDP's mesh
+        fsdp2_prepare_model(accelerator, model)
+        if getattr(accelerator.state.fsdp_plugin.cpu_offload, "pin_memory", None) is not None:
+            device = "cpu"
+    model.to_empty(device=device)
     buffers = dict(model.named_buffers())
     with torch.no_grad(), freed_memory_goes_back():
         for name, buffer in buffers.items():

@@ -52,7 +52,7 @@ def check_layout(checkpoint: Path, facts: dict[str, Any], plan: Plan) -> None:
 def is_ours(trainer: ClmTrainer, checkpoint: str) -> bool:
     """Whether model and optimizer are loaded here and not by stock: divided in the trainer, or on the disk."""
     is_divided = is_sharded(Path(checkpoint)) or (Path(checkpoint) / universal.LATEST).is_file()
-    return not trainer.is_deepspeed_enabled and (trainer.is_fsdp_enabled or is_divided)
+    return not trainer.is_deepspeed_enabled and (trainer.is_divided or is_divided)
 
 
 def load_weights(trainer: ClmTrainer, checkpoint: str) -> None:

@@ -95,7 +95,7 @@ class ShardWriter:
 
     def __init__(self, trainer: ClmTrainer, ranks: list[int]):
         self.trainer, self.rank, self.ranks = trainer, trainer.args.process_index, ranks
-        self.is_used: bool = trainer.is_fsdp_enabled
+        self.is_used: bool = trainer.is_divided
         self._copy: dict[str, Any] = {}
         self._future: Future | None = None
         if not self.is_used:
