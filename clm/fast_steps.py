@@ -86,7 +86,7 @@ class FastSteps(Trainer):
             return batches, None
         num_items = sum((batch["shift_labels"] != IGNORE).sum() for batch in batches)
         if self.plan.num_data_processes > 1:
-            num_items = self.accelerator.gather(num_items).sum()
+            num_items = self.accelerator.gather(num_items).sum() // self.plan.tp_size
         return batches, num_items
 
     def training_step(

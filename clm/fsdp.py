@@ -3,11 +3,13 @@
 In: a model whose matrices are on the meta device, on every rank. Out: the same model, of which each rank holds its
 shards only, filled from a source that gives one full parameter after another. accelerate decides which modules are
 wrapped; here is what it leaves open: first weights without a whole model anywhere, and sums of gradients in fp32.
+Tensor parallelism (clm/tensor_parallel.py) divides first, alone or within the shards of FSDP2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -72,7 +74,7 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
             f"{recipe.path}: FSDP divides the model among processes but there is one. Use python run_clm.py <recipe>."
         )
     copies, parts = (int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", 1)) for name in ("REPLICATE", "SHARD"))
-    if copies > 1 and copies * parts != num_processes:
+    if copies > 1 and tp_size() == 1 and copies * parts != num_processes:
         problems.messages.append(
             f"{recipe.path}: the launcher asks for {copies} copies of the model, each among {parts} processes, "
             f"but there are {num_processes}. Set dp_replicate_size and dp_shard_size in its file so that their product "
@@ -148,10 +150,14 @@ def shard(trainer: ClmTrainer) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     accelerator, model, device = trainer.accelerator, trainer.model, trainer.args.device
+    # of two collectives where a mesh has two dimensions: said once by each process, of the norm of the gradients
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     kept = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta}
     if tp_size() > 1:
         divide(model, accelerator.torch_device_mesh["tp"])
-    else:
+    if is_fsdp():
+        # accelerate 1.15 asks transformers for a class that version 5 has no longer, to do what is done already
+        accelerator._prepare_tp = lambda *args: args
         if trainer.plan.precision == "bf16":
             # accelerate's own policy would add gradients up in bf16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -192,6 +198,12 @@ def local_part(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         full = full.narrow(dimension, offset if size else 0, size)
     return full
+
+
+def is_own_shard(value: Any) -> bool:
+    """Whether a DTensor's part is this rank's to write: of several that hold it, as with HSDP, the first one's."""
+    place = value.device_mesh.get_coordinate()
+    return all(at == 0 for at, how in zip(place, value.placements, strict=True) if how.is_replicate())
 
 
 def reshard(model: torch.nn.Module) -> None:

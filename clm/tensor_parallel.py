@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
     from clm.recipe import Recipe
 
-# Types whose losses, gradients and weights were compared with those of one process (tests/end_to_end/test_tp.py).
+# Types whose losses, gradients and weights were compared with those of one process. None has dropout but in attention,
+# where the masks are those of a process's own heads.
 MODEL_TYPES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 # what transformers calls the norms of queries and keys: whole, but each process applies them to its heads
 OF_HEADS = "replicated_with_grad_allreduce"
-LAUNCHER = "accelerate_configs/tp.yaml"
+BESIDE_FSDP = "accelerate_configs/tp_fsdp2.yaml"
 
 
 def tp_size() -> int:
@@ -53,17 +54,27 @@ def check_tensor_parallel(
         return
     say = problems.messages.append
     asked = f"{recipe.path}: the launcher asks for tensor parallelism (tp_size {size})"
-    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(name, "false").lower() == "true":
-            say(
-                f"{asked} and for {what}. accelerate 1.15 cannot prepare the two together with transformers 5. Use "
-                f"{LAUNCHER} for tensor parallelism alone, or set parallelism_config_tp_size to 1."
-            )
-    if size != num_processes:
+    copies, parts = (int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", "1")) for name in ("REPLICATE", "SHARD"))
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        say(f"{asked} beside DeepSpeed, which divides the model itself. Use {BESIDE_FSDP}, or set tp_size to 1.")
+    elif copies > 1:
         say(
-            f"{asked} but there are {num_processes} processes, and groups beside each other are not supported. Set "
-            f"parallelism_config_tp_size to {num_processes}, or start {size} processes."
+            f"{asked} beside copies of the model (dp_replicate_size {copies}), which is not tested. Set that to 1 and "
+            f"use dp_shard_size, as in {BESIDE_FSDP}."
         )
+    elif not is_fsdp and size != num_processes:
+        say(
+            f"{asked} but there are {num_processes} processes. Start {size}, or say --parallelism_config_tp_size "
+            f"{num_processes}; groups beside each other need FSDP2: {BESIDE_FSDP}."
+        )
+    elif is_fsdp and (size * parts != num_processes or parts == 1):
+        say(
+            f"{asked} within FSDP2 among {parts} (dp_shard_size), but there are {num_processes} processes. Their "
+            f"product must be the number of processes, and dp_shard_size above 1: see {BESIDE_FSDP}."
+        )
+    if is_fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        say(f"{asked} and for fsdp_offload_params, which is not tested with it. Set that to false.")
     if config is not None:
         _check_shape(recipe, config, size)
     optim = training.get("optim", DEFAULTS["optim"])
