@@ -42,7 +42,7 @@ def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
 
     Args:
         is_publisher: model, optimizer and trainer state are this rank's to write, not only its random state. Under
-            FSDP2 model and optimizer are not in it (clm/sharded.py).
+            FSDP2 and tensor parallelism model and optimizer are not in it (clm/sharded.py).
     """
     args = trainer.args
     name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"

@@ -53,8 +53,9 @@ def check_parallelism(recipe: Recipe) -> None:
         if size > 1:
             recipe.problems.messages.append(
                 f"{recipe.path}: the launcher asks for {what} ({name.lower()}_size {size}), which is not "
-                "supported: the order of the data, evaluation and checkpoints are not tested with it. Set it to 1; "
-                "docs/scale.md says what to do with long rows and large models instead."
+                "supported: it cannot be tested without several GPUs, and cuts rows, which the loss and "
+                "data.document_mask here do not know. Set it to 1; for long rows use accelerate_configs/tp_fsdp2.yaml, "
+                "which divides the heads instead, and training.gradient_checkpointing (docs/scale.md)."
             )
 
 
@@ -155,9 +156,9 @@ def shard(trainer: ClmTrainer) -> None:
     kept = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta}
     if tp_size() > 1:
         divide(model, accelerator.torch_device_mesh["tp"])
-    if is_fsdp():
-        # accelerate 1.15 asks transformers for a class that version 5 has no longer, to do what is done already
+        # accelerate 1.12 to 1.15 ask transformers for a class that version 5 has no longer, to do what is done already
         accelerator._prepare_tp = lambda *args: args
+    if is_fsdp():
         if trainer.plan.precision == "bf16":
             # accelerate's own policy would add gradients up in bf16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
