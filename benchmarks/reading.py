@@ -4,9 +4,10 @@
     python benchmarks/reading.py data/fineweb --rows 64
 
 Random rows as micro-batches of int64. In turns: ours (the order, the memory map and the collator of a run, in a torch
-DataLoader; input_ids and shift_labels), run_clm.py's way (rows of `datasets` as Python lists, transformers'
-default_data_collator, the same DataLoader), `ds[i]` alone, and a NumPy gather of such rows out of memory. "Cold": the
-files were dropped from the page cache just before, and the disk answers.
+DataLoader; each row with the token after it, of which the device makes inputs and targets), run_clm.py's way (rows of
+`datasets` as Python lists, transformers' default_data_collator, the same DataLoader), `ds[i]` alone, nanoGPT's
+get_batch, and a NumPy gather of such rows, both out of memory. "Cold": the files were dropped from the page cache just
+before, and the disk answers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,7 @@ def main() -> None:
         "run_clm.py's, 0 workers": lambda: stock(folder, rows, 0),
         "run_clm.py's, 2 workers": lambda: stock(folder, rows, 2),
         "ds[i]": lambda: single_rows(folder),
+        "get_batch": lambda: get_batch(in_memory, rows, blocks.block_size),
         "NumPy gather": lambda: gather(in_memory.reshape(-1, blocks.block_size), rows),
         "ours, 0 workers, cold": lambda: ours(folder, rows, 0),
     }
@@ -74,10 +77,11 @@ def ours(folder: Path, rows: int, num_workers: int) -> Iterator[int]:
     blocks = Blocks(folder, "train")
     order = Order([OrderSource(blocks.num_blocks)], [OrderStage(None, (Fraction(1),))], seed=1)
     dataset = TrainBlocks([blocks], order, blocks.block_size, num_samples=10**9)
+    collator = partial(collate, with_labels=False)
     loader = torch.utils.data.DataLoader(
-        dataset, rows, sampler=range(10**9), num_workers=num_workers, collate_fn=collate
+        dataset, rows, sampler=range(10**9), num_workers=num_workers, collate_fn=collator
     )
-    return (len(batch["input_ids"]) for batch in loader)
+    return (len(batch["tokens"]) for batch in loader)
 
 
 def stock(folder: Path, rows: int, num_workers: int) -> Iterator[int]:
@@ -115,6 +119,16 @@ def single_rows(folder: Path) -> Iterator[int]:
     while True:
         dataset[int(numbers.integers(len(dataset)))]
         yield 1
+
+
+def get_batch(tokens: np.ndarray, rows: int, block_size: int) -> Iterator[int]:
+    """As nanoGPT's train.py draws inputs and targets, without a DataLoader, an order or an end; source:
+    github.com/karpathy/nanoGPT, get_batch."""
+    while True:
+        starts = torch.randint(len(tokens) - block_size, (rows,))
+        inputs = torch.stack([torch.from_numpy(tokens[i : i + block_size].astype(np.int64)) for i in starts])
+        torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + block_size].astype(np.int64)) for i in starts])
+        yield len(inputs)
 
 
 def gather(tokens: np.ndarray, rows: int) -> Iterator[int]:

@@ -1,7 +1,8 @@
 """Prepared blocks -> micro-batches.
 
 In: sample numbers (from the sampler) or rows of a validation split. Out: {"input_ids", "labels", "shift_labels"}; with
-document masking also what keeps the documents of a row apart (clm/document_mask.py).
+document masking also what keeps the documents of a row apart (clm/document_mask.py). For the loss-only forward
+{"tokens"}, from which the device makes input_ids and shift_labels.
 
     block of 8 tokens [a b c d e f g h], next row starts with i, trained at T = 4:
         input_ids     a b c d | e f g h
@@ -17,13 +18,13 @@ Shapes: B rows of a micro-batch, T the recipe's block_size; a prepared block giv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from clm.order import Order, derive_key, permute
-from data_prep.blocks import Blocks, read_rows_of
+from data_prep.blocks import NO_TARGET, Blocks, copy_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -52,6 +53,24 @@ def as_batch(
     if with_labels:
         batch["labels"] = input_ids
     return batch if mask is None else batch | mask.model_inputs(inputs)
+
+
+class Rows(NamedTuple):
+    """The blocks of a micro-batch as they were read: n prepared blocks of P tokens.
+
+    `tokens` is int64 (n, P + 1), each block and the token after it. `targets`, int64 (n, P), is None where the target
+    of each position is just the token after it. `samples` are the numbers of the blocks in the run.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray | None
+    samples: list[int]
+    block_size: int
+
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, both int64 (B, T)."""
+        targets = self.tokens[:, 1:] if self.targets is None else self.targets
+        return self.tokens[:, :-1].reshape(-1, self.block_size), targets.reshape(-1, self.block_size)
 
 
 class PermutedTargets:
@@ -91,62 +110,107 @@ class TrainBlocks(torch.utils.data.Dataset):
         self.block_size = block_size
         self.num_samples = num_samples
         self.controls = [None if permute_seed is None else PermutedTargets(s, permute_seed) for s in splits]
-        self._found: tuple[int, np.ndarray, np.ndarray] | None = None  # first sample, and each one's dataset and block
+        self._has_own_targets = any(split.is_padded for split in splits) or permute_seed is not None
+        self._first_shard = np.cumsum([0, *(len(split.shard_starts) - 1 for split in splits)])  # of each dataset
+        self._rows = _ShardRows(splits, self._first_shard)
+        self._found: tuple[int, np.ndarray] = (-1, np.empty((0, 5), dtype=np.int64))  # first sample, and as in _look_up
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, sample: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def __getitem__(self, sample: int) -> Rows:
         return self.__getitems__([sample])
 
-    def __getitems__(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Inputs and targets of a whole micro-batch at once, rows in the order of the samples, and the samples."""
-        numbers = np.asarray(samples)
-        known = np.where(numbers == FILLER, max(numbers.max(), 0), numbers)  # a filler needs no block of its own
-        dataset, block = self._find(known.tolist())
-        dataset = np.where(numbers == FILLER, FILLER, dataset)
-        rows = [np.flatnonzero(dataset == j) for j in range(len(self.splits))]
-        parts = [(split, mine, block[mine]) for split, mine in zip(self.splits, rows, strict=True)]
-        inputs, targets = read_rows_of(parts, len(samples))
-        for control, mine in zip(self.controls, rows, strict=True):
-            if control is not None:
-                targets[mine] = control.targets(block[mine])
-        return inputs.reshape(-1, self.block_size), targets.reshape(-1, self.block_size), samples
+    def __getitems__(self, samples: list[int]) -> Rows:
+        """A whole micro-batch at once, in the order of the samples."""
+        has_filler, numbers = FILLER in samples, samples
+        if has_filler:  # which needs no block of its own
+            numbers = np.where(np.asarray(samples) == FILLER, max(*samples, 0), samples).tolist()
+        dataset, block, shard, number, is_last = self._find(numbers).T
+        tokens = copy_rows(self._rows, shard, number, self.splits[0].block_size)
+        tokens[is_last.nonzero(), -1] = NO_TARGET
+        if not (self._has_own_targets or has_filler):
+            return Rows(tokens, None, samples, self.block_size)
+        targets = tokens[:, 1:].copy()
+        for j, (split, control) in enumerate(zip(self.splits, self.controls, strict=True)):
+            mine = np.flatnonzero(dataset == j)
+            own = split.targets(tokens[mine], block[mine]) if control is None else control.targets(block[mine])
+            if own is not None:
+                targets[mine] = own
+        is_filler = np.asarray(samples) == FILLER
+        tokens[is_filler], targets[is_filler] = 0, NO_TARGET
+        return Rows(tokens, targets, samples, self.block_size)
 
-    def _find(self, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """`order.block_at`, asked for many samples at once: for a micro-batch alone it takes longer than reading it."""
-        first = samples[0] // _LOOK_UP * _LOOK_UP
-        if self._found is None or self._found[0] != first:
-            self._found = (first, *self.order.block_at(np.arange(first, first + _LOOK_UP)))
-        _, dataset, block = self._found
-        places = np.asarray(samples) - first
-        if places.min() < 0 or places.max() >= _LOOK_UP:
-            return self.order.block_at(np.asarray(samples))
-        return dataset[places], block[places]
+    def _find(self, samples: list[int]) -> np.ndarray:
+        """`_look_up`, asked for many samples at once: for a micro-batch alone it takes longer than reading it."""
+        first = min(samples) // _LOOK_UP * _LOOK_UP
+        if max(samples) >= first + _LOOK_UP:
+            return self._look_up(np.asarray(samples))
+        if self._found[0] != first:
+            self._found = (first, self._look_up(np.arange(first, first + _LOOK_UP)))
+        return self._found[1][np.asarray(samples) - first]
+
+    def _look_up(self, samples: np.ndarray) -> np.ndarray:
+        """Where samples lie: dataset, block, shard (counted through all datasets), row in it, whether nothing follows;
+        int64 (n, 5)."""
+        found = np.empty((len(samples), 5), dtype=np.int64)
+        found[:, 0], found[:, 1] = self.order.block_at(samples)
+        for j, split in enumerate(self.splits):
+            mine = np.flatnonzero(found[:, 0] == j)
+            blocks = found[mine, 1]
+            shards, numbers = split.locate(blocks)
+            found[mine, 2:] = np.stack([shards + self._first_shard[j], numbers, split.nothing_follows(blocks)], axis=1)
+        return found
+
+
+class _ShardRows(dict[int, np.ndarray]):
+    """`Blocks.shard_rows` by the shard's number among all datasets, opened when first asked for; pickles empty."""
+
+    def __init__(self, splits: list[Blocks], first_shard: np.ndarray):
+        self.splits, self.first_shard = splits, first_shard
+
+    def __missing__(self, shard: int) -> np.ndarray:
+        dataset = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
+        self[shard] = self.splits[dataset].shard_rows(shard - int(self.first_shard[dataset]))
+        return self[shard]
+
+    def __reduce__(self):
+        return _ShardRows, (self.splits, self.first_shard)
 
 
 def collate(
-    rows: tuple[np.ndarray, np.ndarray, list[int]],
-    mask: DocumentMask | None = None,
-    with_samples: bool = False,
-    with_labels: bool = True,
+    rows: Rows, mask: DocumentMask | None = None, with_samples: bool = False, with_labels: bool = True
 ) -> dict[str, Any]:
-    """What the DataLoader calls on a micro-batch of TrainBlocks; `with_samples` adds the sample numbers."""
-    inputs, targets, samples = rows
-    batch = as_batch(inputs, targets, mask, with_labels)
-    return batch | {"samples": torch.tensor(samples)} if with_samples else batch
+    """What the DataLoader calls on a micro-batch of TrainBlocks; `with_samples` adds the sample numbers.
+
+    Where the target of each position is just the token after it, and no labels are wanted, it is {"tokens"}, int64
+    (n, P + 1), which `as_inputs` takes apart on the device: each token is sent there once.
+    """
+    if rows.targets is None and mask is None and not with_labels:
+        batch = {"tokens": torch.from_numpy(rows.tokens)}
+    else:
+        batch = as_batch(*rows.split(), mask, with_labels)
+    return batch | {"samples": torch.tensor(rows.samples)} if with_samples else batch
 
 
-def collate_as_stock(
-    rows: tuple[np.ndarray, np.ndarray, list[int]], mask: DocumentMask | None = None, with_samples: bool = False
-) -> dict[str, Any]:
+def as_inputs(batch: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """What `collate` gave, as a model takes it: of {"tokens"} (B, T) input_ids and shift_labels, on the same device."""
+    if "tokens" not in batch:
+        return batch
+    tokens = batch.pop("tokens")
+    batch["input_ids"] = tokens[:, :-1].reshape(-1, block_size).contiguous()
+    batch["shift_labels"] = tokens[:, 1:].reshape(-1, block_size).contiguous()
+    return batch
+
+
+def collate_as_stock(rows: Rows, mask: DocumentMask | None = None, with_samples: bool = False) -> dict[str, Any]:
     """The same micro-batch by transformers' default_data_collator, from one mapping per row (`run.speed: stock`)."""
     from transformers import default_data_collator
 
-    inputs, targets, samples = rows
+    inputs, targets = rows.split()
     batch = as_batch(inputs, targets, mask)
     if with_samples:
-        batch["samples"] = torch.tensor(samples).repeat_interleave(len(inputs) // len(samples))
+        batch["samples"] = torch.tensor(rows.samples).repeat_interleave(len(inputs) // len(rows.samples))
     features = [{name: values[i].tolist() for name, values in batch.items()} for i in range(len(inputs))]
     return default_data_collator(features)
 

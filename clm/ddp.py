@@ -28,8 +28,8 @@ def settle_buckets(trainer: ClmTrainer) -> None:
     model, plan, device = trainer.model_wrapped, trainer.plan, trainer.args.device
     if not isinstance(model, DistributedDataParallel) or trainer.args.world_size <= 2:
         return
-    inputs, targets, _ = trainer.train_dataset.__getitems__(list(range(plan.samples_per_micro_batch)))
-    batch = trainer._prepare_inputs(as_batch(inputs, targets, plan.document_mask))
+    rows = trainer.train_dataset.__getitems__(list(range(plan.samples_per_micro_batch)))
+    batch = trainer._prepare_inputs(as_batch(*rows.split(), plan.document_mask))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, batch, num_items_in_batch=batch["shift_labels"].numel())
         loss.backward()

@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from clm.dataset import IGNORE, collate, collate_as_stock
+from clm.dataset import IGNORE, as_inputs, collate, collate_as_stock
 from clm.host_memory import keep_freed_memory
 from clm.meter import make_meter
 from clm.muon import make_optimizer
@@ -68,8 +68,9 @@ class FastSteps(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Stock (trainer.py, get_batch_samples) counts targets where a batch has `labels`; ours needs none of them. The
-        meter notes how long the loader was waited for."""
+        """Stock (trainer.py, get_batch_samples) counts targets where a batch has `labels`; ours needs none of them, and
+        makes inputs and targets here, of tokens that were sent to the device once. The meter notes how long the loader
+        was waited for."""
         began_at = time.perf_counter()
         try:
             return self._take_batches(epoch_iterator, num_batches, device)
@@ -81,7 +82,8 @@ class FastSteps(Trainer):
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         if self.plan.speed.loss is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        taken = zip(range(num_batches), epoch_iterator, strict=False)
+        batches = [as_inputs(batch, self.stage.block_size) for _, batch in taken]
         if not batches:
             return batches, None
         num_items = sum((batch["shift_labels"] != IGNORE).sum() for batch in batches)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clm.dataset import PermutedTargets, TrainBlocks, ValidationRows, as_batch, collate
+from clm.dataset import FILLER, PermutedTargets, TrainBlocks, ValidationRows, as_batch, as_inputs, collate
 from clm.order import Order, OrderSource, OrderStage
 from data_prep.blocks import Blocks
 
@@ -26,7 +26,7 @@ def dataset(train: Blocks, block_size: int, shuffle: bool = True) -> TrainBlocks
 @pytest.mark.parametrize("block_size", [64, 32, 16])
 def test_rows_in_written_order_are_the_token_stream_and_targets_the_stream_one_later(train, block_size):
     stream = train.shard_tokens(0).astype(np.int64)
-    inputs, targets, _ = dataset(train, block_size, shuffle=False).__getitems__(list(range(train.num_blocks)))
+    inputs, targets = dataset(train, block_size, shuffle=False).__getitems__(list(range(train.num_blocks))).split()
     assert inputs.shape == (train.num_tokens // block_size, block_size)
     assert np.array_equal(inputs.reshape(-1), stream)
     assert np.array_equal(targets.reshape(-1)[:-1], stream[1:]), "the last position of each row is trained"
@@ -34,7 +34,7 @@ def test_rows_in_written_order_are_the_token_stream_and_targets_the_stream_one_l
 
 
 def test_a_pass_in_shuffled_order_has_every_token_once(train):
-    inputs, _, _ = dataset(train, 32).__getitems__(list(range(train.num_blocks)))
+    inputs, _ = dataset(train, 32).__getitems__(list(range(train.num_blocks))).split()
     stream = train.shard_tokens(0).reshape(-1, 32)
     assert sorted(map(bytes, inputs.astype(np.uint16))) == sorted(map(bytes, stream))
     assert not np.array_equal(inputs, stream)
@@ -74,9 +74,31 @@ def test_samples_of_two_datasets_come_from_the_right_one(train):
     order = Order([OrderSource(train.num_blocks)] * 2, [OrderStage(None, (Fraction(1, 2),) * 2)], 1)
     both = TrainBlocks([train, train], order, 64, 100)
     which, block = order.block_at(np.arange(40))
-    inputs, _, samples = both.__getitems__(list(range(40)))
-    assert samples == list(range(40)) and set(which) == {0, 1}
-    assert np.array_equal(inputs, train.read(block)[:, :-1])
+    rows = both.__getitems__(list(range(40)))
+    assert rows.samples == list(range(40)) and set(which) == {0, 1}
+    assert rows.targets is None and np.array_equal(rows.tokens, train.read(block))
+
+
+@pytest.mark.parametrize("block_size", [64, 16])
+def test_tokens_that_are_sent_once_become_the_same_inputs_and_targets(train, block_size):
+    rows = dataset(train, block_size).__getitems__(list(range(train.num_blocks)))
+    sent = collate(rows, with_labels=False, with_samples=True)
+    assert sent.keys() == {"tokens", "samples"} and sent["tokens"].shape == (train.num_blocks, 65)
+    both, made = collate(rows, with_samples=True), as_inputs(sent, block_size)
+    assert made.keys() == both.keys() - {"labels"}
+    assert all(torch.equal(made[name], both[name]) and made[name].is_contiguous() for name in made)
+    assert (made["shift_labels"] == -100).sum() == 1
+
+
+def test_a_filler_among_the_samples_has_no_target_and_the_others_keep_theirs(train):
+    samples = [3, FILLER, 4, FILLER]
+    batch = collate(dataset(train, 64).__getitems__(samples), with_labels=False)
+    alone = collate(dataset(train, 64).__getitems__([3, 4]))
+    assert torch.equal(batch["input_ids"][::2], alone["input_ids"])
+    assert torch.equal(batch["shift_labels"][::2], alone["shift_labels"])
+    assert (batch["shift_labels"][1::2] == -100).all()
+    none = collate(dataset(train, 64).__getitems__([FILLER, FILLER]), with_labels=False)
+    assert (none["shift_labels"] == -100).all() and none["input_ids"].shape == (2, 64)
 
 
 def test_permuted_targets_are_the_corpus_in_another_order(train):

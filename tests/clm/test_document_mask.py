@@ -8,7 +8,7 @@ import torch
 from tiny import EOS, make_model, make_stream
 from transformers import LlamaForCausalLM
 
-from clm.dataset import TrainBlocks, ValidationRows, as_batch, collate
+from clm.dataset import Rows, TrainBlocks, ValidationRows, as_batch, collate
 from clm.document_mask import DocumentMask
 from clm.evaluate import sum_losses
 from clm.order import Order, OrderSource, OrderStage
@@ -62,7 +62,7 @@ def test_flash_attention_gets_the_borders_as_offsets_that_do_not_cross_rows():
 
 
 def test_without_the_mask_a_batch_is_what_it_was():
-    batch = collate((np.array([[5, 1, 7]]), np.array([[1, 7, 8]]), [0]))
+    batch = collate(Rows(np.array([[5, 1, 7, 8]]), None, [0], 3))
     assert set(batch) == {"input_ids", "labels", "shift_labels"}
     assert batch["shift_labels"].tolist() == [[1, 7, 8]]
 
@@ -123,7 +123,7 @@ def test_blocks_that_are_cut_into_shorter_rows_have_the_loss_of_their_documents(
     has_end = np.flatnonzero((blocks.read(np.arange(blocks.num_blocks))[:, :-1] == EOS).any(axis=1))[:6]
     order = Order([OrderSource(blocks.num_blocks)], [OrderStage(blocks.num_blocks, (Fraction(1),))], 1, shuffle=False)
     rows = TrainBlocks([blocks], order, 16, blocks.num_blocks).__getitems__(has_end.tolist())
-    inputs, targets, _ = rows
+    inputs, targets = rows.split()
     assert inputs.shape == (24, 16)
     model = make_model()
     nll, count = loss_one_by_one(model, inputs, targets)

@@ -44,11 +44,11 @@ def test_every_step_of_a_run_with_stages_and_a_rollback_shows_the_tokens_that_tr
     for step in range(1, plan.num_steps + 1):
         stage = plan.timeline.stage_of_step(step)
         samples = plan.timeline.samples_of_step(step).tolist()
-        inputs, *_ = TrainBlocks(plan.splits, plan.order, stage.block_size, 0).__getitems__(samples)
+        rows = TrainBlocks(plan.splits, plan.order, stage.block_size, 0).__getitems__(samples)
         explanation = explain_step(text, step, None)
         assert explanation.block_size == stage.block_size == (16 if step <= 16 else 32)
         shown = np.concatenate([block.tokens[:-1] for block in explanation.blocks])
-        assert np.array_equal(shown, inputs.reshape(-1))
+        assert np.array_equal(shown, rows.tokens[:, :-1].reshape(-1))
         assert [block.seen_as["sample"] for block in explanation.blocks] == samples
     assert "Rollbacks took 8 samples out of this run" in "\n".join(explanation.notes)
     dataset, block = plan.order.block_at(np.array([9]))

@@ -32,6 +32,9 @@ def test_the_keyed_permutation_visits_every_number_once_and_can_be_undone(size):
     numbers = permute(np.arange(size), size, 42)
     assert sorted(numbers) == list(range(size))
     assert permute(numbers, size, 42, inverse=True).tolist() == list(range(size))
+    one_by_one = [int(permute(np.array([i]), size, 42)[0]) for i in range(0, size, 97)]
+    assert numbers[::97].tolist() == one_by_one, "looked up in tables or computed, it is the same"
+    assert permute(np.arange(size), size, np.full(size, 42)).tolist() == numbers.tolist()
 
 
 def test_the_first_blocks_are_these_on_every_platform():
