@@ -1,8 +1,8 @@
 """From a checkpoint on disk into a trainer: model, optimizer and schedule, in the layout of this launch.
 
-In: a checkpoint whose hashes were compared. Out: the trainer's state. One whose shards lie in `sharded/` (FSDP2, tensor parallelism)
-is read by any number of processes, one process or DDP included, and the other way round. What DeepSpeed wrote is read in every layout
-once it is converted (clm/universal.py); DeepSpeed reads its own only.
+In: a checkpoint whose hashes were compared. Out: the trainer's state. One whose shards lie in `sharded/` (FSDP2, tensor
+parallelism) is read by any number of processes, one process or DDP included, and the other way round. What DeepSpeed
+wrote is read in every layout once it is converted (clm/universal.py); DeepSpeed reads its own only.
 """
 
 from __future__ import annotations
