@@ -161,7 +161,7 @@ def _choose_loss(
             )
         return None, why_not
     why_whole = None
-    if is_engine_used(training) and tp_size() == 1:
+    if is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         why_whole = "weights are sharded, and the head's is whole only while the head is called"
     elif compiled:
         why_whole = "torch.compile fuses it, and leaves a compiled model to compute a chunked one"

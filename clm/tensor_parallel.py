@@ -9,7 +9,7 @@ DTensor, not filled yet (clm/fsdp.py does that), and hooks around its modules; i
 
 Which matrix is divided how says transformers' plan for the model (`base_model_tp_plan`); the dividing is torch's
 parallelize_module. transformers' own loading with a plan is not used: Trainer cannot save an optimizer after it.
-The head stays whole since the loss needs whole rows of logits, chunk by chunk (clm/loss_only.py).
+The head stays whole since the loss needs whole rows of logits: chunk by chunk, within FSDP2 all at once.
 """
 
 from __future__ import annotations
