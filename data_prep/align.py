@@ -2,9 +2,9 @@
 
 In: the runs of all units, in order, with their lengths. Out: <split>/data-00000.arrow ... and documents/<split>.arrow.
 A shard holds SHARD_TOKENS // block_size blocks, the last one the rest; it copies exactly its range of the stream,
-wherever runs begin and end, and a run is deleted as soon as no later shard needs it. Worked example, block_size 4, two
-blocks a shard, runs of 7, 5 and 6 tokens: shard 0 is run 0 and the first token of run 1, shard 1 the other 4 tokens of
-run 1 and the first 4 of run 2; 2 tokens are left over.
+wherever runs begin and end, and a run is deleted as soon as nothing needs it (data_prep/filling.py). Worked example,
+block_size 4, two blocks a shard, runs of 7, 5 and 6 tokens: shard 0 is run 0 and the first token of run 1, shard 1 the
+other 4 tokens of run 1 and the first 4 of run 2; 2 tokens are left over.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ import pyarrow as pa
 from data_prep.arrays import from_numpy, in_one, to_numpy
 from data_prep.documents import ROWS_PER_BATCH, map_path, map_schema
 from data_prep.encode import rows_path, run_name, run_path
+from data_prep.filling import fill_shard, put_in_place
 from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
 from data_prep.progress import Progress
 
 SHARD_TOKENS = 2**26  # 134 MB of uint16: small enough to hold in memory, large enough to be few
-NUM_WRITERS = 2  # shards in memory at a time
+NUM_WRITERS = 2  # shards in the making at a time
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,35 @@ def write_split(
         first = number * rows_per_shard
         rows = min(rows_per_shard, num_blocks - first)
         path = folder / split / f"data-{number:05d}.arrow"
-        note = work / f"{run}-{number:05d}.shard.json"
+        note = note_path(number)
         if path.exists() and note.exists():
             return ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
         if not path.exists():
-            tokens = read_range(work, run, units, starts, first * block_size, (first + rows) * block_size, dtype)
-            write_shard(path, tokens, block_size)
+            begin = int(np.searchsorted(starts, first * block_size, side="right")) - 1
+            end = int(np.searchsorted(starts, (first + rows) * block_size))
+            runs = [run_path(work, unit.key, run) for unit in units[begin:end]]  # few of all: there are many shards
+            # machines that share the folder cannot know of each other when a run is free before its shard is there
+            fill_shard(path, runs, starts[begin : end + 1], first * block_size, rows, block_size, dtype, part == (0, 1))
         info = ShardInfo(f"{split}/{path.name}", rows, path.stat().st_size, sha256_of(path))
         if part != (0, 1):
             temporary = note.with_suffix(".tmp")
             temporary.write_text(json.dumps(asdict(info)), encoding="utf-8")
             os.replace(temporary, note)
+            free_runs(first * block_size, (first + rows) * block_size)
         return info
+
+    def note_path(number: int) -> Path:
+        return work / f"{run}-{number:05d}.shard.json"
+
+    def free_runs(first: int, end: int) -> None:
+        """Remove runs with tokens in [first, end) whose shards are all noted, whoever wrote them."""
+        index = int(np.searchsorted(starts, first, side="right")) - 1
+        while index < len(units) and starts[index] < end:
+            last = min(max(int(starts[index + 1]) - 1, 0) // (rows_per_shard * block_size), numbers[-1])
+            touched = range(int(starts[index]) // (rows_per_shard * block_size), last + 1)
+            if all(note_path(number).exists() for number in touched):
+                run_path(work, units[index].key, run).unlink(missing_ok=True)
+            index += 1
 
     numbers = range(max(-(-num_blocks // rows_per_shard), 1))
     if part != (0, 1):
@@ -184,13 +202,6 @@ def write_shard(path: Path, tokens: np.ndarray, block_size: int) -> None:
     with open(temporary, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         writer.write_batch(pa.record_batch([blocks], schema=schema))
     put_in_place(temporary, path)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a written file its name, when it is on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_dataset_files(folder: Path, split: str, shards: list[ShardInfo], block_size: int, dtype: np.dtype) -> None:

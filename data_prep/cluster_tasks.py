@@ -26,7 +26,7 @@ from data_prep.plan import Options, Plan, make_plan
 from data_prep.prep import Settled, encode_all, prepare, settle
 from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, note_mismatch
-from data_prep.settled import is_complete
+from data_prep.settled import ALIGN_STATE, is_complete
 from data_prep.workers import Workers
 
 JOBS = "jobs.pickle"  # in the working folder
@@ -55,10 +55,12 @@ class EncodeTask:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         """What datatrove calls; `data` is of its pipelines."""
+        if (self.work / ALIGN_STATE).exists():  # all is gathered, and runs are being used up
+            return
         content = pickle.loads((self.work / JOBS).read_bytes())
         jobs = content["jobs"]
         mine = jobs[rank * len(jobs) // world_size : (rank + 1) * len(jobs) // world_size]
-        mine = [job for job in mine if load_result(job.work, job.key) is None]
+        mine = [job for job in mine if load_result(job) is None]
         if not mine:
             return
         folder = self.work / f"downloads-{rank}-of-{world_size}"

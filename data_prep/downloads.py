@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import hub, urls
+from data_prep.arrivals import Arrivals
 from data_prep.readers import Piece
 from data_prep.sources import Source, SourceFile
 
@@ -33,10 +34,19 @@ class Downloads:
     Args:
         folder: For what is downloaded, inside the working folder.
         is_kept: Files of the Hub go to its cache and stay there.
+        is_all_needed: Every file will be fetched: no cap, no parts of files.
     """
 
-    def __init__(self, sources: tuple[Source, ...], files: list[tuple[int, SourceFile]], folder: Path, is_kept: bool):
+    def __init__(
+        self,
+        sources: tuple[Source, ...],
+        files: list[tuple[int, SourceFile]],
+        folder: Path,
+        is_kept: bool,
+        is_all_needed: bool = False,
+    ):
         self.sources, self.files, self.folder, self.is_kept = sources, files, folder, is_kept
+        self._arrivals = Arrivals(self._count_missing_bytes if is_all_needed else lambda: None)
         self.is_cut_from_afar = False  # Parquet files are cut into units by their ends alone, without a download
         self._threads: dict[str, _Download] = {}
         self._stop = threading.Event()
@@ -149,6 +159,11 @@ class Downloads:
         self._stop.set()
         for download in self._threads.values():
             download.thread.join(timeout=1)
+        self._arrivals.close()
+
+    def _count_missing_bytes(self) -> int:
+        far = (index for index in range(len(self.files)) if self.is_far(index) and not self._done_note(index).exists())
+        return sum(self.files[index][1].size for index in far)
 
     def _done_note(self, index: int) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,11 +182,12 @@ class Downloads:
     def _download(self, index: int) -> None:
         number, file = self.files[index]
         entry, path = self.sources[number].entry, Path(self.path(index))
+        note = self._arrivals.of(str(path))
         if entry.url is not None:
-            urls.download_url(entry, file, path, self._stop)
+            urls.download_url(entry, file, path, self._stop, note)
             return
         is_to_cache = not path.is_relative_to(self.folder)
-        hub.download_file(entry, file, None if is_to_cache else self.folder / str(index), self._stop)
+        hub.download_file(entry, file, None if is_to_cache else self.folder / str(index), self._stop, note)
         if not is_to_cache:
             shutil.rmtree(self.folder / str(index) / ".cache", ignore_errors=True)
 
@@ -189,8 +205,11 @@ class Downloads:
             out.seek(0)
             out.write(b"PAR1")
             start, end = groups[piece.start][2], groups[piece.end - 1][3]
+            note = self._arrivals.of(piece.path)
+            note(0)
             out.seek(start)
             out.write(urls.read_range(system, path, start, end, what, self._stop))
+            note(end - start)
             footer = self.footer_path(piece.file).read_bytes()
             out.seek(file.size - len(footer))
             out.write(footer)

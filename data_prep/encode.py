@@ -117,13 +117,15 @@ def text_hash(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def load_result(work: Path, key: str) -> UnitResult | None:
-    """A unit's result if an earlier attempt finished it."""
+def load_result(job: Job) -> UnitResult | None:
+    """A unit's result if an earlier attempt finished it, and treated bad records in the same way if it has any."""
     try:
-        raw = json.loads((work / f"{key}.json").read_text(encoding="utf-8"))
+        raw = json.loads((job.work / f"{job.key}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    paths = {run_path(work, key, name): num_bytes for name, num_bytes in raw["run_bytes"].items()}
+    if raw["problem"] if job.is_bad_skipped else any(counts["num_bad"] for counts in raw["counts"]):
+        return None
+    paths = {run_path(job.work, job.key, name): num_bytes for name, num_bytes in raw["run_bytes"].items()}
     if any(not path.exists() or path.stat().st_size != num_bytes for path, num_bytes in paths.items()):
         return None
     counts = [

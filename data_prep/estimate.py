@@ -15,14 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data_prep.align import NUM_WRITERS
 from data_prep.downloads import FILES_AHEAD, FILES_AT_ONCE, Downloads
 from data_prep.encode import encode_unit, rows_path
 from data_prep.encoder import EncoderChoice, load_tokenizer_json, reference_name
 from data_prep.errors import UserError
 from data_prep.fast_encoder import FastEncoder, fast_name, structure_problem
+from data_prep.filling import SYNC_BYTES
 from data_prep.jobs import make_job, make_stream
 from data_prep.listing import list_far_files
 from data_prep.manifest import token_dtype
+from data_prep.packing import CONCAT
 from data_prep.plan import BYTES_PER_TOKEN, Plan
 from data_prep.readers import Piece, read_records
 from data_prep.sizes import format_bytes, format_count, format_table
@@ -277,7 +280,12 @@ def _describe_disk(
         is_packed = any(file.format.endswith((".gz", ".zst")) for _, file in files)
         num_files = FILES_AHEAD + (FILES_AT_ONCE if is_packed else 2)
         at_once = min(needed, num_files * max((size for _, size in far), default=0))
-    end, peak = blocks + document_map, 2 * blocks + 2 * document_map + at_once
+    end, in_two_places = blocks + document_map, blocks
+    if plan.packing == CONCAT:  # a run is gone when it is in a shard
+        in_a_unit = max(stream.unit_bytes, *(f.size for _, f in files if f.format.endswith((".gz", ".zst"))), 0)
+        num_input_bytes = max(sum(file.size for _, file in files), 1)
+        in_two_places = min(NUM_WRITERS * (blocks * in_a_unit / num_input_bytes + SYNC_BYTES), blocks)
+    peak = end + in_two_places + document_map + at_once
     parent = plan.folder.absolute()
     while not parent.exists():
         parent = parent.parent

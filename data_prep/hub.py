@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_prep.arrivals import Note, bar_for
 from data_prep.catalog import DatasetEntry
 from data_prep.errors import UserError, did_you_mean
 from data_prep.paths import data_dir
@@ -59,13 +60,18 @@ def cached_path(entry: DatasetEntry, file: SourceFile) -> Path:
 
 
 def download_file(
-    entry: DatasetEntry, file: SourceFile, folder: Path | None = None, stop: threading.Event | None = None
+    entry: DatasetEntry,
+    file: SourceFile,
+    folder: Path | None = None,
+    stop: threading.Event | None = None,
+    note: Note | None = None,
 ) -> str:
     """The path of one file, downloaded if it is not there yet.
 
     Args:
         folder: Where to put it; None is the Hub's cache, where it stays.
         stop: Set when nobody wants it any more.
+        note: Called with the bytes that are here, again and again.
     Raises:
         UserError: as `list_hub_files`, after retries with growing waits.
     """
@@ -73,7 +79,7 @@ def download_file(
 
     def download() -> str:
         where = {"repo_type": "dataset", "revision": _commit(file), "local_dir": folder}
-        path = hf_hub_download(entry.repository, file.name, **where)
+        path = hf_hub_download(entry.repository, file.name, tqdm_class=bar_for(note), **where)
         if os.path.getsize(path) != file.size:  # what was cut short and yet reported as whole
             size = os.path.getsize(path)
             os.unlink(path)

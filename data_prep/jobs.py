@@ -34,10 +34,12 @@ def make_stream(plan: Plan, files: list[tuple[int, SourceFile]], folder: Path | 
     Args:
         folder: For downloads, if not the plan's working folder.
     """
+    is_capped = plan.max_docs or plan.max_tokens or any(source.max_documents for source in plan.sources)
+    is_all_needed = not is_capped and not plan.is_spread and folder is None
     return Stream(
         plan.sources,
         files,
-        Downloads(plan.sources, files, folder or plan.work / "downloads", plan.keep_downloads),
+        Downloads(plan.sources, files, folder or plan.work / "downloads", plan.keep_downloads, is_all_needed),
         plan.keep_columns,
         plan.max_tokens,
         plan.max_docs,
@@ -76,7 +78,7 @@ def make_jobs(
         """Have here what a job is made of, unless an earlier attempt finished it; False where its source fails."""
         is_far = any(stream.downloads.is_remote(piece.file) for piece in job.unit.pieces)
         try:
-            if is_far and load_result(plan.work, job.key) is None:
+            if is_far and load_result(job) is None:
                 stream.downloads.fetch_unit(job.unit.pieces)
         except UserError as error:
             stream.fail(job.unit.source, error)
@@ -119,7 +121,7 @@ def make_job(
     unit_threshold = 0 if source.has_official_validation else threshold
     dtype = str(token_dtype(tokenizer.vocab_size))
     identities = [stream.files[piece.file][1].identity for piece in unit.pieces]
-    of_reading = {"is_bad_skipped": is_skipped, "reading": asdict(reading)}
+    of_reading = {"reading": asdict(reading)}  # not is_bad_skipped: it changes no unit without bad records
     if plan.filters is not None:
         of_reading["filters"] = [plan.filters.settings(), library_versions(plan.filters)]
     settings = {

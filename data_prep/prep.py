@@ -224,6 +224,7 @@ def _settle_tokenizer(plan: Plan, stream: Stream, threshold: int, work: Path) ->
     """The tokenizer in the dataset's folder; trained or loaded unless an earlier attempt did it from the same input."""
     folder, done = plan.tokenizer_folder, work / TOKENIZER_DONE
     settings = {**plan.settings(), "block_size": None, "packing": None, "skip_failed": None}
+    settings["sources"] = [{**source, "on_bad_record": None} for source in settings["sources"]]
     key = json.dumps({**settings, "threshold": threshold}, sort_keys=True)
     if folder.exists() and done.exists() and done.read_text(encoding="utf-8") == key:
         return describe_tokenizer(folder, plan.tokenizer)

@@ -83,18 +83,16 @@ def _read_piece(piece: Piece, reading: Reading) -> Iterator[Record]:
 
 
 def _read_file(piece: Piece, num_kept: int) -> Iterator[Record]:
-    with open(piece.path, "rb") as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
-    text, problem = _decode_file(data, piece.format)
+    num_bytes = os.path.getsize(piece.path)
+    if num_bytes > MAX_DOCUMENT_BYTES:
+        text, problem = None, f"the file is one document and {_too_long(num_bytes)}; --split-lines makes each line one"
+    else:
+        with open(piece.path, "rb") as file:
+            text, problem = _decode_file(file.read(), piece.format)
     yield Record(piece.file, 0, text, problem, (None,) * num_kept)
 
 
 def _decode_file(data: bytes, format: str) -> tuple[str | None, str | None]:
-    if len(data) > MAX_DOCUMENT_BYTES:
-        return (
-            None,
-            "the file is one document of more than 1 GiB; use --split-lines, or JSON lines with one document each",
-        )
     if b"\0" in data:
         return None, "the file is binary (it holds a zero byte), not text"
     encoding = "utf-8"
@@ -120,6 +118,8 @@ def _read_text_lines(piece: Piece, num_kept: int) -> Iterator[Record]:
         text, problem = _decode(line.removesuffix(b"\n").removesuffix(b"\r"))
         if text is not None and "\0" in text:
             text, problem = None, "the line is binary (it holds a zero byte), not text"
+        elif len(line) > MAX_DOCUMENT_BYTES:
+            text, problem = None, f"the line {_too_long(len(line))}"
         yield Record(piece.file, number, text, problem, (None,) * num_kept)
 
 
@@ -197,11 +197,26 @@ def _join_records(records: Iterator[Record], start: re.Pattern) -> Iterator[Reco
             continue
         if first is None or start.match(record.text):
             if first is not None:
-                yield Record(first.file, first.number, "".join(parts), None, first.kept)
+                yield _join(first, parts)
             first, parts = record, []
         parts.append(record.text)
     if first is not None:
-        yield Record(first.file, first.number, "".join(parts), None, first.kept)
+        yield _join(first, parts)
+
+
+def _join(first: Record, parts: list[str]) -> Record:
+    text, problem = "".join(parts), None
+    if len(text) > MAX_DOCUMENT_BYTES // 4 and (num_bytes := len(text.encode())) > MAX_DOCUMENT_BYTES:
+        text, problem = None, f"the document of {len(parts):,} records {_too_long(num_bytes)}"
+    return Record(first.file, first.number, text, problem, first.kept)
+
+
+def _too_long(num_bytes: int) -> str:
+    """What is wrong with a document of so many bytes, more than can be encoded."""
+    return (
+        f"has {num_bytes:,} bytes but a document may have {MAX_DOCUMENT_BYTES:,} (1 GiB) at most, to fit into memory; "
+        "cut it into several"
+    )
 
 
 def _iter_lines(piece: Piece) -> Iterator[bytes]:
@@ -262,8 +277,8 @@ def _check_text(value: Any, column: str) -> tuple[str | None, str | None]:
     if not isinstance(value, str):
         return None, f"{column!r} is {json.dumps(value, default=str)[:60]}, a {type(value).__name__}, not text"
     try:
-        if len(value) > MAX_DOCUMENT_BYTES // 4 and len(value.encode()) > MAX_DOCUMENT_BYTES:
-            return None, f"{column!r} is longer than 1 GiB"
+        if len(value) > MAX_DOCUMENT_BYTES // 4 and (num_bytes := len(value.encode())) > MAX_DOCUMENT_BYTES:
+            return None, f"{column!r} {_too_long(num_bytes)}"
         if not value.isascii():
             value.encode()
     except UnicodeEncodeError as error:

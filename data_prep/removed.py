@@ -5,6 +5,7 @@ rule, bytes), documents/samples.jsonl, a few of each rule and of each change as 
 documents/contaminated.jsonl. In: a prepared dataset. Out: lines for people.
 """
 
+import difflib
 import heapq
 import json
 from collections import Counter
@@ -177,6 +178,27 @@ def iter_removed(folder: Path) -> Iterator[str]:
         yield f"\n=== evaluation items of which an n-gram is in the corpus: {len(items):,} ({folder / CONTAMINATED})"
         for item in items[:NUM_SAMPLES]:
             yield f"--- {item['file']}, line {item['line']}: {item['num_documents']:,} documents; {item['ngram']}"
+
+
+def read_samples(folder: Path, most: int) -> dict[str, list[tuple[str, str]]]:
+    """By rule, at most so many samples: where from, and the text; of a change the lines around it, with - and +."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for sample in _read_lines(folder / SAMPLES) if load_manifest(folder).removed is not None else ():
+        here = found.setdefault(sample["rule"], [])
+        if len(here) < most:
+            where = f"{sample['source']}, record {sample['record']}"
+            here.append((where, sample["text"] if "text" in sample else _changed_lines(sample)))
+    return found
+
+
+def _changed_lines(sample: dict[str, Any]) -> str:
+    before, after = (sample[key].split("\n") for key in ("before", "after"))
+    # both were cut off somewhere: what differs behind the last line in common may be that alone
+    *_, last, _ = [(0, 0, 0), *difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()]
+    if last[0] + last[2] > 0 and before[: last[0] + last[2]] != after[: last[1] + last[2]]:
+        before, after = before[: last[0] + last[2]], after[: last[1] + last[2]]
+    lines = difflib.unified_diff(before, after, lineterm="", n=2)
+    return "\n".join(line for line in list(lines)[2:] if not line.startswith("@@"))
 
 
 def _read_table(folder: Path) -> pa.Table:

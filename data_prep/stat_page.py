@@ -28,6 +28,7 @@ from data_prep.tally import Tally
 
 NUM_IDS = 50  # in each list
 NUM_SAMPLES = 6
+_NUM_REMOVED = 3  # samples of each rule
 _SAMPLE_TOKENS = 300
 _MOST_TOKEN_BYTES = 20  # the last bar holds all that are longer
 
@@ -55,7 +56,12 @@ def render(tally: Tally) -> str:
         Environment(autoescape=True, trim_blocks=True)
         .from_string(template)
         .render(
-            title=tally.manifest.dataset, facts=_facts(tally), samples=_samples(tally, text), notes=text.notes, **shown
+            title=tally.manifest.dataset,
+            facts=_facts(tally),
+            samples=_samples(tally, text),
+            notes=text.notes,
+            removed=_removed(tally),
+            **shown,
         )
     )
 
@@ -133,6 +139,15 @@ def _fates(tally: Tally) -> dict[str, Any]:
             )
     sentences, tables = more_of_ledger(ledger)
     return {"num_read": f"{num_read:,}", "fates": rows, "fate_notes": notes + sentences, "ledger_tables": tables}
+
+
+def _removed(tally: Tally) -> dict[str, list[tuple[str, str]]]:
+    """By rule, samples of what filters left out or changed; empty without filters."""
+    if tally.manifest.removed is None:
+        return {}
+    from data_prep.removed import read_samples
+
+    return read_samples(tally.folder, _NUM_REMOVED)
 
 
 def _borders(tally: Tally, text: DatasetText) -> dict[str, Any]:

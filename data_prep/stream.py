@@ -55,7 +55,7 @@ class Stream:
     _line: int = 0  # records of the current file in front of the current unit
 
     def __post_init__(self) -> None:
-        self._unit_bytes = unit_size(self.files)
+        self.unit_bytes = unit_size(self.files)
         for number in range(len(self.sources)):
             self.counts[number] = [Counts() for _ in bucket_names(self.buckets)]
             self.num_units_used[number] = self.beyond_cap[number] = 0
@@ -123,7 +123,7 @@ class Stream:
     def source_units(self, number: int) -> Iterator[Unit]:
         """The train units of one source in its own order, whatever their order is here."""
         files = self._files_of(number, "train")
-        return iter_units(self.sources[number], number, files, "train", self.downloads, self._unit_bytes)
+        return iter_units(self.sources[number], number, files, "train", self.downloads, self.unit_bytes)
 
     def official_units(self) -> Iterator[Unit]:
         """The units of the sources' official validation splits."""
@@ -250,14 +250,14 @@ class Stream:
         for index, file in self._files_of(number, "train"):
             yield None
             yield from iter_units(
-                self.sources[number], number, [(index, file)], "train", self.downloads, self._unit_bytes
+                self.sources[number], number, [(index, file)], "train", self.downloads, self.unit_bytes
             )
 
     def _units_of(self, number: int, split: str) -> Iterator[Unit]:
         where = (self.sources[number], number, self._files_of(number, split))
         if self.is_spread and split == "train":
-            return iter_spread_units(*where, self.downloads, self._unit_bytes)
-        return iter_units(*where, split, self.downloads, self._unit_bytes)
+            return iter_spread_units(*where, self.downloads, self.unit_bytes)
+        return iter_units(*where, split, self.downloads, self.unit_bytes)
 
     def _files_of(self, number: int, split: str) -> list[tuple[int, SourceFile]]:
         return [

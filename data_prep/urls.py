@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from data_prep.arrivals import Note
 from data_prep.catalog import DatasetEntry
 from data_prep.errors import UserError
 from data_prep.retries import PASSING_STATUS, StoppedError, retry_after_s, status_of, try_again
@@ -48,9 +49,17 @@ def range_opener(entry: DatasetEntry, file: SourceFile) -> tuple[Any, str]:
     return system, _path_of(entry.url, path, file.name)
 
 
-def download_url(entry: DatasetEntry, file: SourceFile, target: Path, stop: threading.Event | None = None) -> None:
+def download_url(
+    entry: DatasetEntry,
+    file: SourceFile,
+    target: Path,
+    stop: threading.Event | None = None,
+    note: Note = lambda num_bytes: None,
+) -> None:
     """Copy one file to `target`, which is absent or whole; what an earlier attempt got stays and is continued.
 
+    Args:
+        note: Called with the bytes that are here, again and again.
     Raises:
         UserError: it changed since it was listed, or no answer after retries with growing waits.
     """
@@ -60,9 +69,11 @@ def download_url(entry: DatasetEntry, file: SourceFile, target: Path, stop: thre
     part = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as out:
+        note(out.tell())
         while out.tell() < file.size:
             start, end = out.tell(), min(out.tell() + RANGE_BYTES, file.size)
             out.write(read_range(system, path, start, end, what, stop, file.size))
+            note(end)
         out.flush()
         os.fsync(out.fileno())
     os.replace(part, target)

@@ -47,7 +47,7 @@ class Workers:
         if self._pool is None:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             for job in filter(None, jobs):
-                yield job, load_result(job.work, job.key) or _encode_here(job, report)
+                yield job, load_result(job) or _encode_here(job, report)
         else:
             yield from self._pool.run(jobs, report)
 
@@ -123,7 +123,7 @@ class _Pool:
                     is_held = next_out < next_in
                     continue
                 self.jobs[next_in] = job
-                finished = load_result(job.work, job.key)
+                finished = load_result(job)
                 if finished is not None:
                     self.results[next_in] = finished
                 else:

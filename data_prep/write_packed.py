@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import align
-from data_prep.align import Taken, put_in_place, read_range, read_rows, write_dataset_files, write_shard
+from data_prep.align import Taken, read_range, read_rows, write_dataset_files, write_shard
 from data_prep.arrays import from_numpy, to_numpy
 from data_prep.blocks import lengths_path
 from data_prep.encode import run_name, run_path
+from data_prep.filling import put_in_place
 from data_prep.ledger import TRAIN, VALIDATION
 from data_prep.manifest import ShardInfo, sha256_of
 from data_prep.packing import Packed, iter_windows, pack

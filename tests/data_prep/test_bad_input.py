@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import content_of, read_documents, run_here, write_jsonl
 
+from data_prep.manifest import load_manifest
+
 GOOD = "a good document " * 20
 
 
@@ -162,6 +164,51 @@ def test_bad_records_are_skipped_and_counted_when_asked(tmp_path, small_tokenize
     assert read_documents(out, "train") == [GOOD, GOOD + "!"]
     ledger = next(iter(json.loads((out / "manifest.json").read_text())["ledger"].values()))["documents"]
     assert (ledger["read"], ledger["empty"], ledger["bad"], ledger["train"]) == (10, 2, 6, 2)
+
+
+def test_a_document_that_is_too_long_is_a_bad_record_with_its_size(tmp_path, fails, small_tokenizer, monkeypatch):
+    monkeypatch.setattr("data_prep.readers.MAX_DOCUMENT_BYTES", 100)  # of 2**30
+    folder, short = tmp_path / "notes", "a short one"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [short, "é" * 60, short])
+    pq.write_table(pa.table({"text": [short, "x" * 101]}), folder / "b.parquet")
+    (folder / "c.txt").write_text(short + "\n" + "y" * 150)
+    fixed = ("--tokenizer", small_tokenizer, "--block-size", 1, "--out", tmp_path / "out", "--num-proc", 1)
+    message = fails("prep", folder, *fixed)
+    says = "bytes but a document may have 100 (1 GiB) at most"
+    assert f"a.jsonl: line 2: 'text' has 120 {says}" in message
+    assert f"b.parquet: record 2: 'text' has 101 {says}" in message
+    assert f"c.txt: the file is one document and has {151 + len(short)} {says}" in message
+    assert "cut it into several. Mend or remove it, or leave such records out with --on-bad-record skip" in message
+    assert f"c.txt: line 2: the line has 150 {says}" in fails("prep", folder / "c.txt", "--split-lines", *fixed)
+    run_here("prep", folder, *fixed, "--on-bad-record", "skip")
+    ledger = load_manifest(tmp_path / "out").ledger["notes"]["documents"]
+    assert (ledger["read"], ledger["bad"], ledger["train"] + ledger["validation"]) == (6, 3, 3)
+
+
+def test_skipping_bad_records_after_all_costs_only_the_units_that_have_some(
+    tmp_path, fails, small_tokenizer, monkeypatch
+):
+    from data_prep import encode, workers
+
+    monkeypatch.setattr("data_prep.prep.READ_TWICE_BYTES", 0)  # as a corpus too large to be read twice
+    (tmp_path / "notes").mkdir()
+    for name in "abcd":
+        write_jsonl(tmp_path / "notes" / f"{name}.jsonl", [GOOD + name])
+    with open(tmp_path / "notes" / "c.jsonl", "a") as file:
+        file.write("no JSON\n")
+    encoded = []
+    monkeypatch.setattr(
+        workers,
+        "encode_unit",
+        lambda job, report: encoded.append(job.unit.pieces[0].path[-7]) or encode.encode_unit(job, report),
+    )
+    command = ("prep", tmp_path / "notes", "--tokenizer", small_tokenizer, "--block-size", 8, "--num-proc", 1)
+    assert "c.jsonl: line 2" in fails(*command, "--out", tmp_path / "out")
+    run_here(*command, "--out", tmp_path / "out", "--on-bad-record", "skip")
+    assert encoded == ["a", "b", "c", "c", "d"]
+    run_here(*command, "--out", tmp_path / "new", "--on-bad-record", "skip")
+    assert content_of(tmp_path / "new" / "train") == content_of(tmp_path / "out" / "train")
 
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path, fails, small_tokenizer):

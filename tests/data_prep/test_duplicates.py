@@ -15,7 +15,7 @@ from data_prep.duplicates import Seen
 from data_prep.encode import text_hash
 from data_prep.ledger import find_imbalances
 from data_prep.manifest import load_manifest
-from data_prep.removed import iter_removed
+from data_prep.removed import iter_removed, read_samples
 
 FILTERS = "exact_duplicates: true\nduplicate_lines: {min_characters: 8}\n"
 MIN_CHARACTERS = 8
@@ -278,6 +278,11 @@ def test_what_was_removed_is_shown_and_damage_to_it_is_noticed(tmp_path, small_t
     shown = capsys.readouterr().out
     assert shown.count("=== exact_duplicates") == 1 and "=== duplicate_lines" in shown and "--- x/0" in shown
     assert len([line for line in iter_removed(out) if line.startswith("--- ")]) <= 3 * 8
+    run_here("stat", out)
+    page = (out / "stat.html").read_text(encoding="utf-8")
+    samples = page[page.index("Samples of what filters left out or changed") :]
+    assert "<h3>exact_duplicates</h3>" in samples and "<h3>duplicate_lines</h3>" in samples and "x/0" in samples
+    assert read_samples(out, 1)["duplicate_lines"][0][1].count("\n-") >= 1
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["ledger"]["x"]["documents"]["filtered"]["exact_duplicates"] -= 1
     (out / "manifest.json").write_text(json.dumps(manifest))

@@ -15,10 +15,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import read_documents
+from conftest import read_documents, run_on_terminal
 from hub_server import serve
 
 from data_prep.manifest import load_manifest
+from data_prep.sizes import format_bytes
 
 SHORT_WAITS = "import data_prep.retries; data_prep.retries.RETRY_WAITS_S = (0.1, 0.1, 0.1)"
 NUM_FILES = 12
@@ -95,6 +96,27 @@ def test_busy_broken_short_and_hanging_answers_cost_a_wait_and_no_document(hub, 
     assert asked[1] - asked[0] >= 1  # as the server asked
     asked = [at for at, path in hub.asked_at if "00004" in path]
     assert asked[1] - asked[0] < 5  # the server would have been silent for 6 s
+
+
+@pytest.mark.slow
+def test_downloads_are_seen_on_a_terminal_and_elsewhere(hub, start, tmp_path, small_tokenizer, monkeypatch):
+    size = sum(map(len, FILES.values()))
+    hub.failures["train-00003-of-00012.parquet"] = ["short"]
+    hub.now = lambda: time.sleep(0.1)
+    process = start("owner/parts", "--num-proc", 1, first="import data_prep.progress as p; p.LINE_EVERY_S = 0")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = [line for line in err.splitlines() if line.startswith("downloading: ")]
+    assert len(lines) >= NUM_FILES and "\r" not in err
+    assert f"downloading: {format_bytes(size)} of {format_bytes(size)} (100%), " in lines[-1]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "DATA_DIR": "data"}
+    for name, value in (environment | {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}).items():
+        monkeypatch.setenv(name, value)
+    fixed = ("--tokenizer", small_tokenizer, "--block-size", 1, "--out", tmp_path / "out", "--num-proc", 1)
+    shown = run_on_terminal("prep", "owner/parts", *fixed)
+    bars = re.findall(r"(\w+)(?:-00012\.parquet)?: +\d+%\|", shown)
+    assert set(bars) == {"downloading", "encoding", "writing"}  # and none of huggingface_hub's
+    assert re.search(r"downloading: 100%\|█+", shown)
 
 
 @pytest.mark.slow

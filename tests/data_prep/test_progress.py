@@ -80,6 +80,18 @@ def test_lines_elsewhere_say_how_much_how_fast_and_how_long(tmp_path, corpus, sm
     assert lines_of("writing", printed)[-1].count("MB/s") == 1 and "(100%)" in lines_of("writing", printed)[-1]
 
 
+def test_downloads_have_lines_of_their_own(tmp_path, corpus, small_tokenizer, capsys):
+    run_here(*arguments(f"file://{corpus}/*.jsonl", small_tokenizer, tmp_path / "out"))
+    size = format_bytes(sum(path.stat().st_size for path in corpus.iterdir()))
+    lines = lines_of("downloading", capsys.readouterr().err)
+    shares = [int(re.search(rf" of {size} \((\d+)%\)", line)[1]) for line in lines]
+    assert len(lines) > 10 and shares == sorted(shares) and shares[-1] == 100
+    assert re.fullmatch(rf"downloading: {size} of {size} \(100%\), [\d.]+ MB/s, 0:00 left", lines[-1])
+    run_here(*arguments(f"file://{corpus}/*.jsonl", small_tokenizer, tmp_path / "capped", "--max-docs", 60))
+    lines = lines_of("downloading", capsys.readouterr().err)  # how much that will be nobody knows
+    assert lines and not any("%" in line or "left" in line for line in lines)
+
+
 def test_after_a_kill_what_was_done_is_done_and_no_speed(tmp_path, corpus, small_tokenizer, capsys):
     command = [sys.executable, "-c", KILLED_AT_HALF, *arguments(corpus, small_tokenizer, tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
