@@ -148,7 +148,7 @@ def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
 def train(plan: Plan, requests: Requests) -> ClmTrainer:
     """From the newest checkpoint, or from the beginning, to the end of its stage; `outcome` says why it ended."""
     from clm.events import excluded_ranges
-    from clm.fsdp import is_fsdp
+    from clm.fsdp import is_divided
     from clm.launch import agree, make_arguments, pick_checkpoint
     from clm.metrics import cut_back_run
     from clm.model import build_planned_model
@@ -165,7 +165,7 @@ def train(plan: Plan, requests: Requests) -> ClmTrainer:
     # b. The stage's batch, and the model with its first weights; those of a checkpoint replace them.
     args = make_arguments(plan, stage)
     args.eval_on_start = bool(plan.validation) and checkpoint is None
-    model = build_planned_model(plan, stage, is_fsdp())
+    model = build_planned_model(plan, stage, is_divided())
 
     # c. The HF Trainer.
     trainer = ClmTrainer(plan, stage, model, args, facts.get("pending_loss"))

@@ -56,7 +56,7 @@ DERIVED = {
     "hub_token": "A recipe is saved and pushed. Set the environment variable HF_TOKEN or run hf auth login.",
     "fsdp": "The launcher says it, so that a recipe runs everywhere: --config_file accelerate_configs/fsdp2.yaml.",
     "fsdp_config": "The launcher says it: --config_file accelerate_configs/fsdp2.yaml.",
-    "parallelism_config": "The launcher says it: accelerate_configs/hsdp.yaml. TP and CP are not supported.",
+    "parallelism_config": "The launcher says it: accelerate_configs/hsdp.yaml, tp.yaml or tp_fsdp2.yaml.",
     "neftune_noise_alpha": "It is a fine-tuning method that would change the measured loss.",
     "bf16_full_eval": "Evaluation runs in the precision of training.",
     "fp16_full_eval": "Evaluation runs in the precision of training.",

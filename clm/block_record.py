@@ -21,8 +21,9 @@ from clm.run_folder import read_json_lines
 class BlockRecord(TrainerCallback):
     """Collects the micro-batches of a step and writes its line when the step ends."""
 
-    def __init__(self, run: Path, rank: int):
-        self.file = JsonLines(block_record_path(run, rank))
+    def __init__(self, run: Path, rank: int, tp_size: int = 1):
+        self.file = JsonLines(block_record_path(run, rank // tp_size))
+        self.is_writer, self.tp_size = rank % tp_size == 0, tp_size  # of those that see the same rows one
         self._start()
 
     def note(self, inputs: dict[str, Any]) -> None:
@@ -34,8 +35,10 @@ class BlockRecord(TrainerCallback):
         self.digest.update(blocks.contiguous().numpy().tobytes())
 
     def on_step_end(self, args, state, control, **kwargs):
-        record = {"step": state.global_step, "num_processes": args.world_size, "samples": self.samples}
-        self.file.write({**record, "sha256": self.digest.hexdigest()})
+        num_processes = args.world_size // self.tp_size
+        record = {"step": state.global_step, "num_processes": num_processes, "samples": self.samples}
+        if self.is_writer:
+            self.file.write({**record, "sha256": self.digest.hexdigest()})
         self._start()
 
     def _start(self) -> None:

@@ -42,14 +42,14 @@ def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
 
     Args:
         is_publisher: model, optimizer and trainer state are this rank's to write, not only its random state. Under
-            FSDP2 model and optimizer are not in it (clm/sharded.py).
+            FSDP2 and tensor parallelism model and optimizer are not in it (clm/sharded.py).
     """
     args = trainer.args
     name = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
     files: dict[str, Any] = {name: random_state(args.parallel_mode == ParallelMode.DISTRIBUTED)}
     if not is_publisher:
         return {"files": files}
-    if not trainer.is_fsdp_enabled:
+    if not trainer.is_divided:
         files["optimizer.pt"] = trainer.optimizer.state_dict()
     files["scheduler.pt"] = trainer.lr_scheduler.state_dict()
     if getattr(trainer.accelerator, "scaler", None) is not None:
@@ -57,7 +57,7 @@ def collect(trainer: ClmTrainer, is_publisher: bool) -> dict[str, Any]:
     state = {"files": files, "trainer_state": trainer_state(trainer)}
     if trainer.ema is not None:
         state["ema"] = trainer.ema.state()
-    if not trainer.is_fsdp_enabled:
+    if not trainer.is_divided:
         state["model"], more = weights_to_save(trainer.model, trainer.optimizer)
         files |= more
     return state

@@ -43,8 +43,8 @@ def check_ema(recipe: Recipe, training: dict[str, Any], names: list[str]) -> Non
     if is_engine_used(training):
         recipe.problems.add(
             "run.ema",
-            "is set but the weights are divided among processes (DeepSpeed or FSDP), and each would average what it "
-            "holds only while it is whole. Use DDP, or remove it.",
+            "is set but the weights are divided among processes (DeepSpeed, FSDP or tensor parallelism), and each "
+            "would average what it holds only while it is whole. Use DDP, or remove it.",
         )
     if str(training.get("optim", "")).startswith("schedule_free"):
         recipe.problems.add(

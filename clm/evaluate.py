@@ -68,7 +68,7 @@ def sum_losses(
         batch_rows: rows per forward and device; only speed and memory depend on it.
         device: where the model is.
         rank, num_processes: rank r takes batches r, r + P, ...; every rank does the same number of forwards, which
-            sharded models need, the surplus ones without a target.
+            sharded models need, the surplus ones without a target. With tensor parallelism a group has one rank here.
         mask: document masking as in training; first tokens of documents are no targets and count nowhere.
     """
     num_batches = math.ceil(rows.num_rows / batch_rows)
@@ -85,6 +85,7 @@ def sum_losses(
     if num_processes > 1:
         total = total.to(device)
         dist.all_reduce(total)
+        total /= dist.get_world_size() // num_processes  # the same rows several times
     nll, num_tokens, num_bytes = total.tolist()
     return Sums(nll, int(num_tokens), int(num_bytes))
 

@@ -86,8 +86,8 @@ class FastSteps(Trainer):
         if not batches:
             return batches, None
         num_items = sum((batch["shift_labels"] != IGNORE).sum() for batch in batches)
-        if self.args.world_size > 1:
-            num_items = self.accelerator.gather(num_items).sum()
+        if self.plan.num_data_processes > 1:
+            num_items = self.accelerator.gather(num_items).sum() // self.plan.tp_size
         return batches, num_items
 
     def training_step(
@@ -134,7 +134,8 @@ class FastSteps(Trainer):
 
         def share_of_step(summed: torch.Tensor) -> torch.Tensor:
             share = summed / num_items_in_batch
-            return share * self.args.world_size if self.args.world_size > 1 else share  # DDP takes the mean
+            num_means = self.plan.num_data_processes
+            return share * num_means if num_means > 1 else share  # DDP takes the mean
 
         outputs = model(**inputs, num_items_in_batch=1, **self._options)
         loss = share_of_step(outputs.loss)

@@ -3,11 +3,13 @@
 In: a model whose matrices are on the meta device, on every rank. Out: the same model, of which each rank holds its
 shards only, filled from a source that gives one full parameter after another. accelerate decides which modules are
 wrapped; here is what it leaves open: first weights without a whole model anywhere, and sums of gradients in fp32.
+Tensor parallelism (clm/tensor_parallel.py) divides first, alone or within the shards of FSDP2.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import torch
 
 from clm.arguments import DEFAULTS
 from clm.host_memory import freed_memory_goes_back
+from clm.tensor_parallel import divide, tp_size
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,15 +41,21 @@ def is_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def is_divided() -> bool:
+    """Whether each process of this launch holds a part of the weights in DTensors: FSDP2 or tensor parallelism."""
+    return is_fsdp() or tp_size() > 1
+
+
 def check_parallelism(recipe: Recipe) -> None:
-    """Refuse launcher files that divide rows or matrices among processes; problems go to recipe.problems."""
-    for name, what in (("TP", "tensor parallelism"), ("CP", "context parallelism"), ("SP", "sequence parallelism")):
+    """Refuse launcher files that divide rows among processes; problems go to recipe.problems."""
+    for name, what in (("CP", "context parallelism"), ("SP", "sequence parallelism")):
         size = int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1"))
         if size > 1:
             recipe.problems.messages.append(
                 f"{recipe.path}: the launcher asks for {what} ({name.lower()}_size {size}), which is not "
-                "supported: the order of the data, evaluation and checkpoints are not tested with it. Set it to 1; "
-                "docs/scale.md says what to do with long rows and large models instead."
+                "supported: it cannot be tested without several GPUs, and cuts rows, which the loss and "
+                "data.document_mask here do not know. Set it to 1; for long rows use accelerate_configs/tp_fsdp2.yaml, "
+                "which divides the heads instead, and training.gradient_checkpointing (docs/scale.md)."
             )
 
 
@@ -66,7 +75,7 @@ def check_fsdp(recipe: Recipe, training: dict[str, Any], num_processes: int) -> 
             f"{recipe.path}: FSDP divides the model among processes but there is one. Use python run_clm.py <recipe>."
         )
     copies, parts = (int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", 1)) for name in ("REPLICATE", "SHARD"))
-    if copies > 1 and copies * parts != num_processes:
+    if copies > 1 and tp_size() == 1 and copies * parts != num_processes:
         problems.messages.append(
             f"{recipe.path}: the launcher asks for {copies} copies of the model, each among {parts} processes, "
             f"but there are {num_processes}. Set dp_replicate_size and dp_shard_size in its file so that their product "
@@ -142,15 +151,23 @@ def shard(trainer: ClmTrainer) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     accelerator, model, device = trainer.accelerator, trainer.model, trainer.args.device
-    if trainer.plan.precision == "bf16":
-        # accelerate's own policy would add gradients up in bf16
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    # of two collectives where a mesh has two dimensions: said once by each process, of the norm of the gradients
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     kept = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()] if not t.is_meta}
-    warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # accelerate's way to make HSDP's mesh
-    fsdp2_prepare_model(accelerator, model)
-    offload = accelerator.state.fsdp_plugin.cpu_offload
-    model.to_empty(device="cpu" if getattr(offload, "pin_memory", None) is not None else device)
+    if tp_size() > 1:
+        divide(model, accelerator.torch_device_mesh["tp"])
+        # accelerate 1.12 to 1.15 ask transformers for a class that version 5 has no longer, to do what is done already
+        accelerator._prepare_tp = lambda *args: args
+    if is_fsdp():
+        if trainer.plan.precision == "bf16":
+            # accelerate's own policy would add gradients up in bf16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # accelerate's way to make HSDP's mesh
+        fsdp2_prepare_model(accelerator, model)
+        if getattr(accelerator.state.fsdp_plugin.cpu_offload, "pin_memory", None) is not None:
+            device = "cpu"
+    model.to_empty(device=device)
     buffers = dict(model.named_buffers())
     with torch.no_grad(), freed_memory_goes_back():
         for name, buffer in buffers.items():
@@ -182,6 +199,12 @@ def local_part(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     for dimension, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         full = full.narrow(dimension, offset if size else 0, size)
     return full
+
+
+def is_own_shard(value: Any) -> bool:
+    """Whether a DTensor's part is this rank's to write: of several that hold it, as with HSDP, the first one's."""
+    place = value.device_mesh.get_coordinate()
+    return all(at == 0 for at, how in zip(place, value.placements, strict=True) if how.is_replicate())
 
 
 def reshard(model: torch.nn.Module) -> None:

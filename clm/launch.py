@@ -18,7 +18,7 @@ from typing import Any
 
 from clm.arguments import DEFAULTS, build_arguments, scheduler_kwargs
 from clm.checkpoint import clean_run_folder, find_damage, read_checkpoint_facts, rolled_back_at, total_bytes
-from clm.fsdp import configure_cpu, is_fsdp
+from clm.fsdp import configure_cpu, is_divided
 from clm.loading import check_layout
 from clm.metrics import log
 from clm.order import ORDER_VERSION
@@ -95,7 +95,7 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
                 **plan.training.get("accelerator_config", {}),
                 "use_configured_state": True,
             }
-        elif is_fsdp():
+        elif is_divided():
             configure_cpu(_timeout(plan))
             derived["use_cpu"] = True
             derived["accelerator_config"] = {

@@ -1,8 +1,8 @@
 """From a checkpoint on disk into a trainer: model, optimizer and schedule, in the layout of this launch.
 
-In: a checkpoint whose hashes were compared. Out: the trainer's state. One that FSDP2 wrote can be read by any number of
-processes, one process or DDP included, and FSDP2 reads what those wrote. What DeepSpeed wrote is read in every layout
-once it is converted (clm/universal.py); DeepSpeed reads its own only.
+In: a checkpoint whose hashes were compared. Out: the trainer's state. One whose shards lie in `sharded/` (FSDP2, tensor
+parallelism) is read by any number of processes, one process or DDP included, and the other way round. What DeepSpeed
+wrote is read in every layout once it is converted (clm/universal.py); DeepSpeed reads its own only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_layout(checkpoint: Path, facts: dict[str, Any], plan: Plan) -> None:
             f"this launch is {what}. Convert it, then type this command again: {universal.convert_command(checkpoint)}"
         )
     if wants_engine and not universal.is_engines(files):
-        how = "FSDP2" if f"{SHARDED}/{METADATA}" in files else "DDP or one process"
+        how = "FSDP2 or tensor parallelism" if f"{SHARDED}/{METADATA}" in files else "DDP or one process"
         raise UserError(
             f"{checkpoint}: was written by {how}, which DeepSpeed cannot read. Continue without DeepSpeed, for example "
             "with accelerate_configs/fsdp2.yaml; or begin a new run from its weights with model.init and another "
@@ -52,7 +52,7 @@ def check_layout(checkpoint: Path, facts: dict[str, Any], plan: Plan) -> None:
 def is_ours(trainer: ClmTrainer, checkpoint: str) -> bool:
     """Whether model and optimizer are loaded here and not by stock: divided in the trainer, or on the disk."""
     is_divided = is_sharded(Path(checkpoint)) or (Path(checkpoint) / universal.LATEST).is_file()
-    return not trainer.is_deepspeed_enabled and (trainer.is_fsdp_enabled or is_divided)
+    return not trainer.is_deepspeed_enabled and (trainer.is_divided or is_divided)
 
 
 def load_weights(trainer: ClmTrainer, checkpoint: str) -> None:

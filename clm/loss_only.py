@@ -155,8 +155,9 @@ def _sum_losses(
         z_loss = z_coefficient * (logits.logsumexp(dim=-1).square() * (targets != IGNORE)).sum()
         return cross_entropy + z_loss, cross_entropy.detach(), z_loss.detach()
     chunk_rows = CHUNK_ROWS_GPU if hidden.device.type == "cuda" else CHUNK_ROWS
-    head = self.lm_head
-    loss, *parts = ChunkedLoss.apply(hidden, head.weight, head.bias, targets, chunk_rows, z_coefficient)
+    # with tensor parallelism a DTensor, whole on each process
+    weight, bias = (p.to_local() if hasattr(p, "to_local") else p for p in (self.lm_head.weight, self.lm_head.bias))
+    loss, *parts = ChunkedLoss.apply(hidden, weight, bias, targets, chunk_rows, z_coefficient)
     return (loss, *parts) if z_coefficient else (loss, None, None)
 
 

@@ -29,6 +29,7 @@ from clm.schedule import learning_rate_factor
 from clm.schedule_free import check_schedule_free
 from clm.speed import Speed, choose_speed
 from clm.spikes import check_policy
+from clm.tensor_parallel import check_tensor_parallel, tp_size
 from clm.timeline import Ranges, Stage, Timeline
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError
@@ -58,6 +59,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase | None
     num_parameters: int
     num_processes: int
+    tp_size: int  # processes that see the same rows, each with a part of each layer; 1 without tensor parallelism
     precision: str  # fp32, bf16 or fp16
     precision_reason: str
     speed: Speed
@@ -84,13 +86,18 @@ class Plan:
         rows = self.training["per_device_train_batch_size"]
         return rows * self.recipe.data.block_size // self.prepared_block_size
 
+    @property
+    def num_data_processes(self) -> int:
+        """Processes that see other rows than each other; with tensor parallelism a group counts as one."""
+        return self.num_processes // self.tp_size
+
     def accumulation(self, stage: Stage) -> int:
         """Micro-batches of one device between two optimizer steps of a stage."""
-        return math.ceil(stage.samples_per_step / (self.samples_per_micro_batch * self.num_processes))
+        return math.ceil(stage.samples_per_step / (self.samples_per_micro_batch * self.num_data_processes))
 
     def slots_per_step(self, stage: Stage) -> int:
         """Prepared blocks that all devices see in one step: with run.uneven_batch the last ones may be fillers."""
-        return self.accumulation(stage) * self.samples_per_micro_batch * self.num_processes
+        return self.accumulation(stage) * self.samples_per_micro_batch * self.num_data_processes
 
     @property
     def attention(self) -> str:
@@ -178,11 +185,12 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
     data = recipe.data
     if splits and len(splits) == len(data.datasets) and all(data.mixture_of(stage) for stage in data.all_stages):
         stages = lay_out(recipe.data, splits, problems)
-        _check_stages(recipe, training, stages, splits, num_processes)
+        _check_stages(recipe, training, stages, splits, max(1, num_processes // tp_size()))
     precision, why_precision = choose_precision(training, problems)
     check_policy(recipe, training, precision)
     check_schedule_free(recipe, training)
     check_fsdp(recipe, training, num_processes)
+    check_tensor_parallel(recipe, training, config, num_processes)
     check_ema(recipe, training, [rows.name for rows in validation])
     block_size = max([item.block_size or data.block_size for item in data.all_stages])
     speed = choose_speed(recipe, training, config, block_size, precision, has_gpu(training))
@@ -201,6 +209,7 @@ def make_plan(recipe: Recipe, num_processes: int, dry_run: bool = False) -> Plan
         tokenizer=tokenizer,
         num_parameters=num_parameters,
         num_processes=num_processes,
+        tp_size=tp_size(),
         precision=precision,
         precision_reason=why_precision,
         speed=speed,

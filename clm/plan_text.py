@@ -82,7 +82,11 @@ def _speed(plan: Plan) -> list[str]:
 
 def _batch(plan: Plan, stage: Stage) -> str:
     rows = plan.samples_per_micro_batch * plan.prepared_block_size // stage.block_size
-    product = f"{rows} rows x {stage.block_size} tokens x {plan.num_processes} processes x {plan.accumulation(stage)}"
+    who = f"{plan.num_processes} processes"
+    if plan.tp_size > 1:
+        groups = "group" if plan.num_data_processes == 1 else "groups"
+        who = f"{plan.num_data_processes} {groups} of {plan.tp_size} processes (tensor parallel)"
+    product = f"{rows} rows x {stage.block_size} tokens x {who} x {plan.accumulation(stage)}"
     slots, used = plan.slots_per_step(stage), stage.samples_per_step
     if slots == used:
         return f"{product} accumulation = {stage.tokens_per_step:,} tokens per step"

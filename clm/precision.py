@@ -71,7 +71,7 @@ def check_fp8(recipe: Recipe, training: dict[str, Any], num_parameters: int, pre
     if not is_compiled:
         reasons.append("the model is not compiled, without which the casts are slow. Set training.torch_compile: true")
     if is_engine_used(training):
-        reasons.append("it is not tested with divided weights (DeepSpeed or FSDP). Use DDP")
+        reasons.append("it is not tested with divided weights (DeepSpeed, FSDP, tensor parallelism). Use DDP")
     if recipe.data.document_mask:
         reasons.append(
             "data.document_mask is true: a micro-batch has one scale, so a document's numbers would depend on the "

@@ -36,8 +36,8 @@ class Replay:
 
     @property
     def num_processes(self) -> int:
-        """Of the run's latest start; another start may have had another number."""
-        return int(self.resolved.get("num_processes") or 1)
+        """That saw rows of their own in the run's latest start; another start may have had another number."""
+        return int(self.resolved.get("num_processes") or 1) // int(self.resolved.get("tp_size") or 1)
 
     @property
     def samples_per_micro_batch(self) -> int:

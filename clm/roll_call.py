@@ -139,6 +139,7 @@ def collect_facts(plan: Plan) -> dict[str, Any]:
         "recipe": json.loads(json.dumps(plan.recipe.to_dict(), default=str)),
         "data": plan.fingerprints,
         "num_processes": plan.num_processes,
+        "tp_size": plan.tp_size,
         "precision": f"{plan.precision}, attention {plan.attention}",
     }
 

@@ -178,6 +178,7 @@ def resolve(plan: Any) -> dict[str, Any]:
     passes = plan.order.passes(timeline.num_samples)
     return {
         "num_processes": plan.num_processes,
+        "tp_size": plan.tp_size,
         "num_steps": plan.num_steps,
         "num_tokens": timeline.num_tokens,
         "stages": [

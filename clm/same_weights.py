@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
-from clm.fsdp import local_of
+from clm.fsdp import is_own_shard, local_of
 from clm.metrics import log
-from clm.sharded import is_own_shard
 from data_prep.errors import UserError
 from data_prep.sizes import format_bytes
 
@@ -53,6 +52,37 @@ def check_first_weights(trainer: ClmTrainer) -> str:
     everywhere = f", the same on {args.world_size} processes" if args.world_size > 1 else ""
     log.info("first weights %s%s; peak of host memory so far %s", own, everywhere, format_bytes(max(peaks)))
     return own
+
+
+def check_copies(trainer: ClmTrainer) -> None:
+    """What each process of a tensor-parallel group holds whole (embedding, head, norms) is not sent around: all make
+    the same update. Compare it before a save. A collective.
+
+    Raises:
+        UserError: it differs; names processes and parameters.
+    """
+    if trainer.plan.tp_size == 1:
+        return
+    mesh = trainer.accelerator.torch_device_mesh["tp"]
+    copied = {
+        name: parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.placements[parameter.device_mesh.mesh_dim_names.index("tp")].is_replicate()
+    }
+    own = torch.stack([_sum_of_bits(local_of(p), 0) for p in copied.values()]).to(trainer.args.device)
+    lowest, highest = own.clone(), own.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, mesh.get_group())
+    dist.all_reduce(highest, dist.ReduceOp.MAX, mesh.get_group())
+    differ = [name for name, is_one in zip(copied, (lowest == highest).tolist(), strict=True) if not is_one]
+    found = gather_object([differ])
+    if any(found):
+        ranks = [rank for rank, names in enumerate(found) if names]
+        raise UserError(
+            f"Weights that processes {', '.join(map(str, ranks))} hold alike are not the same any more: "
+            f"{', '.join(found[ranks[0]][:5])}. A device computes wrongly, or otherwise each time. Nothing was saved; "
+            "the same command goes on from the newest checkpoint. Set training.full_determinism: true, or look at "
+            "these processes' devices."
+        )
 
 
 def _sum_of_bits(parameter: Any, rank: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ each disk, the publisher, writes model and optimizer, waits for the markers of a
 into the folder (never by a collective, which would meet those of the training), and publishes the checkpoint.
 
 One checkpoint is in the making at a time: the next save waits for it. Without the memory for a copy, or where the
-recipe says so, the same is done while training waits. Under FSDP2 each rank writes its shards of model and optimizer
+recipe says so, the same is done while training waits. With FSDP2 and tensor parallelism each rank writes its shards
 (clm/sharded.py) in the same way. DeepSpeed writes its own files, while training waits.
 """
 

@@ -44,8 +44,8 @@ def check_schedule_free(recipe: Recipe, training: dict[str, Any]) -> None:
     if is_engine_used(training):
         problems.add(
             "training.optim",
-            f"is {optim} but the weights are divided among processes (DeepSpeed or FSDP). Use DDP, or "
-            "adamw_torch_fused with a schedule.",
+            f"is {optim} but the weights are divided among processes (DeepSpeed, FSDP or tensor parallelism). Use "
+            "DDP, or adamw_torch_fused with a schedule.",
         )
 
 

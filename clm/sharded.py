@@ -1,6 +1,7 @@
-"""Sharded checkpoints: model and optimizer under FSDP2, written by each rank for itself, read in any layout.
+"""Sharded checkpoints: model and optimizer in DTensors, written by each rank for itself, read in any layout.
 
-In: a trainer under FSDP2. Out: `sharded/` in a checkpoint, in the format of torch.distributed.checkpoint (DCP):
+In: a trainer under FSDP2 or tensor parallelism. Out: `sharded/` in a checkpoint, in the format of
+torch.distributed.checkpoint (DCP):
 
     __<rank>_0.distcp     the shards of one rank
     .metadata             which part of which tensor lies where, put together by the publisher from the ranks' own
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clm.checkpoint import Files, hash_files
-from clm.fsdp import fill, reshard
+from clm.fsdp import fill, is_own_shard, reshard
+from clm.same_weights import check_copies
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def is_sharded(checkpoint: Path) -> bool:
 
 def collect_shards(trainer: ClmTrainer) -> dict[str, Any]:
     """This rank's part of model and optimizer, live: sharded tensors as DTensors; what all ranks have alike is rank
-    0's to write, and with HSDP each shard is that of the first replica."""
+    0's to write, and what several have, as with HSDP, the first one's of them."""
     model, optimizer = trainer.model, _plain(trainer.optimizer)
     reshard(model)
     is_first = trainer.args.process_index == 0
@@ -64,12 +66,6 @@ def collect_shards(trainer: ClmTrainer) -> dict[str, Any]:
     }
 
 
-def is_own_shard(value: Any) -> bool:
-    """Whether a DTensor's part is this rank's to write: with HSDP that of the first copy."""
-    place = value.device_mesh.get_coordinate()
-    return all(at == 0 for at, how in zip(place, value.placements, strict=True) if how.is_replicate())
-
-
 def persistent_buffers(model: torch.nn.Module) -> list[str]:
     """Buffers that belong to the model's state; a Llama has none."""
     saved = model.state_dict().keys()
@@ -84,7 +80,7 @@ def num_local_bytes(state: dict[str, Any]) -> int:
 
 class ShardWriter:
     """Writes one rank's part of model and optimizer, again and again over a run; one at a time. Does nothing where they
-    are not divided by FSDP2.
+    are not divided in DTensors.
 
     Args:
         trainer: before its first save.
@@ -95,7 +91,7 @@ class ShardWriter:
 
     def __init__(self, trainer: ClmTrainer, ranks: list[int]):
         self.trainer, self.rank, self.ranks = trainer, trainer.args.process_index, ranks
-        self.is_used: bool = trainer.is_fsdp_enabled
+        self.is_used: bool = trainer.is_divided
         self._copy: dict[str, Any] = {}
         self._future: Future | None = None
         if not self.is_used:
@@ -108,8 +104,8 @@ class ShardWriter:
             warnings.filterwarnings("ignore", message=message)
         if len(ranks) < dist.get_world_size():
             raise UserError(
-                f"The run folder of process {self.rank} is not that of all processes, but under FSDP2 all have "
-                "a part in a checkpoint. Set RUNS_DIR to a shared file system, or use DDP."
+                f"The run folder of process {self.rank} is not that of all processes, but each holds a part "
+                "of the model (FSDP2, tensor parallelism). Set RUNS_DIR to a shared file system, or use DDP."
             )
         # async_save asks for a group with CPU tensors, which NCCL's is not; nothing is sent over it
         self._group = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
@@ -118,7 +114,10 @@ class ShardWriter:
 
     def collect(self) -> dict[str, Any]:
         """What this rank has to write, live."""
-        return collect_shards(self.trainer) if self.is_used else {}
+        if not self.is_used:
+            return {}
+        check_copies(self.trainer)
+        return collect_shards(self.trainer)
 
     def start(self, state: dict[str, Any], folder: Path) -> None:
         """Copy `state` to host memory and begin to write it; training may go on when this returns."""

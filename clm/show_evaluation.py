@@ -19,7 +19,7 @@ def show_evaluation(trainer: ClmTrainer, metrics: dict[str, Any]) -> None:
     """Say the result, redraw the curve, write samples. Called on all ranks: a model that is divided needs them all."""
     if trainer.is_world_process_zero():
         _say(trainer, metrics)
-    if trainer.is_world_process_zero() or trainer.is_fsdp_enabled:
+    if trainer.is_world_process_zero() or trainer.is_divided:
         _write_samples(trainer)
 
 
@@ -59,7 +59,7 @@ def _write_samples(trainer: ClmTrainer) -> None:
             temperature=settings.temperature,
             top_k=settings.top_k,
             seed=trainer.plan.seed,
-            is_shared=trainer.is_fsdp_enabled,
+            is_shared=trainer.is_divided,
         )
     if trainer.is_world_process_zero():
         for prompt, text in zip(settings.prompts, texts, strict=True):

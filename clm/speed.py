@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clm.attention import choose_attention, needs_mask
+from clm.tensor_parallel import tp_size
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def choose_speed(
 
 
 def is_engine_used(training: dict[str, Any]) -> bool:
-    """Whether DeepSpeed or FSDP owns the weights: there a weight is only whole while its module is called."""
-    return is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    """Whether the weights are divided among processes: DeepSpeed, FSDP or tensor parallelism."""
+    return is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true" or tp_size() > 1
 
 
 def is_deepspeed_used(training: dict[str, Any]) -> bool:
@@ -160,7 +161,7 @@ def _choose_loss(
             )
         return None, why_not
     why_whole = None
-    if is_engine_used(training):
+    if is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         why_whole = "weights are sharded, and the head's is whole only while the head is called"
     elif compiled:
         why_whole = "torch.compile fuses it, and leaves a compiled model to compute a chunked one"

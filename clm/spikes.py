@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from clm.arguments import DEFAULTS
 from clm.events import append_event, read_events
-from clm.fsdp import is_fsdp
+from clm.fsdp import is_divided
 from clm.metrics import log
 from clm.run_folder import list_checkpoints
 from clm.spike_detector import COLUMNS, NEW_LEVEL, Detector, Verdict
@@ -47,8 +47,8 @@ def check_policy(recipe: Recipe, training: dict[str, Any], precision: str) -> No
         why = f"DeepSpeed makes the update, which has no gate. Start without DeepSpeed, or choose another: {remedy}"
     elif recipe.run.optimizer == "muon":
         why = f"run.optimizer is muon, which has no gate on the device. Choose another: {remedy}"
-    elif is_fsdp():
-        why = f"under FSDP2 the update has no gate. Start without FSDP, or choose another: {remedy}"
+    elif is_divided():
+        why = f"under FSDP2 and tensor parallelism the update has no gate. Use DDP, or choose another: {remedy}"
     elif optim != "adamw_torch_fused":
         why = f"training.optim is {optim}, which has no gate on the device. Use adamw_torch_fused, or another: {remedy}"
     elif precision == "fp16":

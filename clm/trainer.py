@@ -21,7 +21,7 @@ from clm.ema import Ema
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fast_steps import FastSteps, make_collator
 from clm.first_weights import fill_from_files, names_match
-from clm.fsdp import gather_state, shard
+from clm.fsdp import gather_state, is_divided, shard
 from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
 from clm.metrics import JsonLines, Progress
 from clm.plan import Plan
@@ -58,6 +58,7 @@ class ClmTrainer(FastSteps):
     ):
         self.plan = plan
         self.stage = stage
+        self.is_divided = is_divided()  # its parameters are DTensors
         self._flops_per_token: int | None = None
         self.outcome = "finished"  # why training ended: finished, border (of a stage), stopped or rollback
         self.run_folder = plan.run_folder
@@ -83,7 +84,7 @@ class ClmTrainer(FastSteps):
             processing_class=plan.tokenizer,
             callbacks=[self.progress, RunFlow(pending_loss, self)],
         )
-        if self.is_fsdp_enabled:
+        if self.is_divided:
             shard(self)
         self.ema: Ema | None = None
         if plan.recipe.run.ema.decay is not None:
@@ -92,10 +93,15 @@ class ClmTrainer(FastSteps):
         self.spikes = SpikeWatch(self, args.device)
         self.block_record = None
         if plan.recipe.run.record_blocks:
-            self.block_record = BlockRecord(self.run_folder, args.process_index)
+            self.block_record = BlockRecord(self.run_folder, args.process_index, plan.tp_size)
             self.add_callback(self.block_record)
         self.remove_callback(PrinterCallback)
         self.saver = Saver(self)
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Stock, but a model that will be divided has no memory yet, and one that is divided is there."""
+        if not self.is_divided:
+            super()._move_model_to_device(model, device)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -208,8 +214,8 @@ class ClmTrainer(FastSteps):
                 self.token_bytes,
                 self.eval_batch_rows,
                 self.args.device,
-                self.args.process_index,
-                self.args.world_size,
+                self.args.process_index // self.plan.tp_size,
+                self.plan.num_data_processes,
                 self.plan.document_mask,
             )
 
@@ -307,7 +313,7 @@ class ClmTrainer(FastSteps):
         """Stock, but below ZeRO stage 3 the whole model lies on each rank and is saved as it is: stock clones every
         tensor there, after which tied weights are no longer recognised as one and are written twice."""
         stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
-        if self.is_fsdp_enabled:  # stock writes nothing of a sharded model
+        if self.is_divided:  # stock writes nothing of a sharded model
             state = gather_state(self.model, self.saver.is_publisher)
             if state:
                 self._save(output_dir, state_dict=state)

@@ -54,7 +54,7 @@ def tune_recipe(
     plan = make_plan(recipe, num_processes)
     if is_engine_used(plan.training):
         raise UserError(
-            f"{path}: DeepSpeed or FSDP divides the weights among processes, and what fits a device then depends on "
+            f"{path}: the launcher divides the weights among processes, and what fits a device then depends on "
             "all of them; tune measures one device that holds the whole model. Try values by hand: metrics.jsonl has "
             "tokens_per_s and peak_memory_bytes."
         )

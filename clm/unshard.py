@@ -1,4 +1,4 @@
-"""A sharded checkpoint of FSDP2 -> a model in Hub format, on one machine and without the processes that wrote it.
+"""A sharded checkpoint -> a model in Hub format, on one machine and without the processes that wrote it.
 
 In: runs/<name>/checkpoint-<step> with `sharded/`. Out: *.safetensors with config, generation config and tokenizer, in
 `weights-<step>` (run.retention) or in `.unsharded/checkpoint-<step>` for a command that asks for the model. The whole

@@ -67,7 +67,7 @@ def launch(tmp_path: Path, *options: str, env: dict[str, str] | None = None) -> 
 def test_there_is_a_launcher_of_each_kind():
     stems = [path.stem for path in ACCELERATE_CONFIGS]
     assert stems[:6] == ["cpu", "ddp", "fsdp2", "hsdp", "multi_node_ddp", "multi_node_fsdp2"]
-    assert stems[6:] == ["single_gpu", "zero1", "zero2", "zero3", "zero3_offload"]
+    assert stems[6:] == ["single_gpu", "tp", "tp_fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
     table = (ROOT / "accelerate_configs" / "README.md").read_text()
     assert all(f"| `{path.name}` |" in table for path in ACCELERATE_CONFIGS)
 
@@ -128,6 +128,12 @@ def test_transformers_fills_every_auto_of_a_deepspeed_config(path, tmp_path):
 REFUSED = {
     ("llama_437m.yaml", "fsdp"): "training.optim is adamw_bnb_8bit, whose state under FSDP2 is not that of the whole",
     ("mixtral_1.6b.yaml", "deepspeed"): "run.optimizer is muon but DeepSpeed makes the update",
+    ("llama_437m.yaml", "tp"): "training.optim is adamw_bnb_8bit, whose state under tensor parallelism is not that",
+    ("mixtral_1.6b.yaml", "tp"): "a mixtral model, but tensor parallelism is tested with gemma, llama",
+    **{
+        (f"{name}.yaml", "tp"): "with num_key_value_heads 3, which tp_size 2 does not divide"
+        for name in ("llama_170m", "llama_170m_low_high", "llama_170m_short_long")
+    },
 }
 
 
@@ -135,7 +141,8 @@ REFUSED = {
 def test_every_recipe_runs_with_this_launcher_or_is_refused_for_a_documented_reason(path, monkeypatch, capsys):
     import run_clm
 
-    several = [] if path.stem in ("cpu", "single_gpu") else ["--num_processes", "16"]
+    num_processes = 2 if path.stem == "tp" else 16
+    several = [] if path.stem in ("cpu", "single_gpu") else ["--num_processes", str(num_processes)]
     if path.stem.startswith("multi_node"):
         several += ["--machine_rank", "0", "--main_process_ip", "10.0.0.1", "--main_process_port", "29500"]
     arguments = launch_command_parser().parse_args(["--config_file", str(path), *several, "run_clm.py", "recipe"])
@@ -149,14 +156,25 @@ def test_every_recipe_runs_with_this_launcher_or_is_refused_for_a_documented_rea
         monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))
     refused = {}
     for recipe in RECIPES:
-        batch = four_rows_each(recipe, 16) if several else []
+        batch = four_rows_each(recipe, num_processes) if several else []
         try:
             run_clm.main([str(recipe), "--dry-run", *batch])
         except UserError as error:
             refused[recipe.name] = str(error)
         else:
-            assert f"x {arguments.num_processes} process" in capsys.readouterr().out
-    engine = "fsdp" if arguments.use_fsdp else "deepspeed" if arguments.use_deepspeed else None
+            shown = f"x {arguments.num_processes} process"
+            if path.stem.startswith("tp"):
+                shown = f"x {num_processes // 2} group"
+            assert shown in capsys.readouterr().out
+    engine = (
+        "tp"
+        if path.stem.startswith("tp")
+        else "fsdp"
+        if arguments.use_fsdp
+        else "deepspeed"
+        if arguments.use_deepspeed
+        else None
+    )
     expected = {name: reason for (name, kind), reason in REFUSED.items() if kind == engine}
     assert refused.keys() == expected.keys(), refused
     assert all(reason in refused[name] for name, reason in expected.items())

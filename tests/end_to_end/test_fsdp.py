@@ -35,8 +35,8 @@ def fsdp(
     return done
 
 
-def test_tensor_and_context_parallel_launches_are_refused(train, monkeypatch):
-    for name, expected in (("TP", "tensor parallelism"), ("CP", "context parallelism")):
+def test_context_and_sequence_parallel_launches_are_refused(train, monkeypatch):
+    for name, expected in (("CP", "context parallelism"), ("SP", "sequence parallelism")):
         with monkeypatch.context() as patch:
             patch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", "2")
             with pytest.raises(UserError, match=f"{expected} .*_size 2.*docs/scale.md"):
@@ -57,7 +57,7 @@ def before_the_end(run: Path, name: str) -> Path:
         (1, 2, [], "Write fsdp_version: 2"),
         (2, 1, [], "FSDP divides the model among processes but there is one"),
         (2, 2, ["training.optim=adafactor"], "whose state under FSDP2 is not that of the whole parameter"),
-        (2, 2, ["run.spikes.policy=skip"], "under FSDP2 the update has no gate"),
+        (2, 2, ["run.spikes.policy=skip"], "under FSDP2 and tensor parallelism the update has no gate"),
         (2, 2, ["training.torch_compile=true"], "which is not tested with FSDP2"),
         (2, 2, ["run.optimizer=muon", "run.spikes.policy=skip"], "run.optimizer is muon, which has no gate"),
     ],
