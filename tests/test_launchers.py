@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,18 +167,17 @@ def test_every_recipe_runs_with_this_launcher_or_is_refused_for_a_documented_rea
             if path.stem.startswith("tp"):
                 shown = f"x {num_processes // 2} group"
             assert shown in capsys.readouterr().out
-    engine = (
-        "tp"
-        if path.stem.startswith("tp")
-        else "fsdp"
-        if arguments.use_fsdp
-        else "deepspeed"
-        if arguments.use_deepspeed
-        else None
-    )
+    engines = {"tp": path.stem.startswith("tp"), "fsdp": arguments.use_fsdp, "deepspeed": arguments.use_deepspeed}
+    engine = next((name for name, is_used in engines.items() if is_used), None)
     expected = {name: reason for (name, kind), reason in REFUSED.items() if kind == engine}
     assert refused.keys() == expected.keys(), refused
     assert all(reason in refused[name] for name, reason in expected.items())
+    # the command in the launcher's own header is not one of those
+    header = path.read_text().partition("compute_environment")[0]
+    (recipe,) = set(re.findall(r"recipes/\w+\.yaml", header))
+    overrides = re.findall(r"training\.\w+=\w+", header)
+    batch = four_rows_each(ROOT / recipe, num_processes) if several else []
+    run_clm.main([str(ROOT / recipe), "--dry-run", *batch, *overrides])
 
 
 def four_rows_each(recipe: Path, num_processes: int) -> list[str]:
