@@ -157,9 +157,9 @@ class TrainBlocks(torch.utils.data.Dataset):
         found[:, 0], found[:, 1] = self.order.block_at(samples)
         for j, split in enumerate(self.splits):
             mine = np.flatnonzero(found[:, 0] == j)
-            blocks = found[mine, 1]
-            shards, numbers = split.locate(blocks)
-            found[mine, 2:] = np.stack([shards + self._first_shard[j], numbers, split.nothing_follows(blocks)], axis=1)
+            shards, numbers = split.locate(found[mine, 1])
+            found[mine, 2], found[mine, 3] = shards + self._first_shard[j], numbers
+            found[mine, 4] = split.nothing_follows(shards, numbers)
         return found
 
 

@@ -73,11 +73,10 @@ def permute(indices: np.ndarray, size: int, keys: np.ndarray | int, inverse: boo
     mask = np.uint64((1 << int(half)) - 1)
     rounds = range(_NUM_ROUNDS, 0, -1) if inverse else range(1, _NUM_ROUNDS + 1)
     tables = _round_tables(int(keys.flat[0]), mask) if is_one_key and indices.size > mask else None
-    todo = np.arange(indices.size)
-    walking, key = indices.ravel(), keys.ravel()
-    result = walking.copy()
+    result = walking = indices.ravel()
+    key, todo = keys.ravel(), None  # places in `result` that are still outside of the range; None: all
     with np.errstate(over="ignore"):
-        while todo.size:
+        while walking.size:
             left, right = walking >> half, walking & mask
             if inverse:
                 left, right = right, left
@@ -90,10 +89,14 @@ def permute(indices: np.ndarray, size: int, keys: np.ndarray | int, inverse: boo
             if inverse:
                 left, right = right, left
             walking = (left << half) | right
-            inside = walking < np.uint64(size)
-            result[todo[inside]] = walking[inside]
-            outside = ~inside  # cycle walking: once more until the value falls into the range
-            todo, walking, key = todo[outside], walking[outside], key[outside]
+            if todo is None:
+                result = walking
+            else:
+                result[todo] = walking
+            outside = np.flatnonzero(
+                walking >= np.uint64(size)
+            )  # cycle walking: once more until it falls into the range
+            todo, walking, key = outside if todo is None else todo[outside], walking[outside], key[outside]
     return result.reshape(indices.shape).astype(np.int64)
 
 

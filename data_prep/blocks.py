@@ -132,12 +132,12 @@ class Blocks:
         shards, numbers = self.locate(blocks)
         rows = {shard: self.shard_rows(shard) for shard in set(shards.tolist())}
         tokens = copy_rows(rows, shards, numbers, self.block_size)
-        tokens[self.nothing_follows(blocks), -1] = NO_TARGET
+        tokens[self.nothing_follows(shards, numbers), -1] = NO_TARGET
         return tokens, self.targets(tokens, blocks)
 
-    def nothing_follows(self, blocks: np.ndarray) -> np.ndarray:
-        """Whether each is the last block of its shard; bool, the shape of `blocks`."""
-        return np.isin(np.asarray(blocks) + 1, self.shard_starts)
+    def nothing_follows(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Whether a block, as `locate` found it, is the last one of its shard; bool."""
+        return self.shard_starts[shards] + numbers + 1 == self.shard_starts[shards + 1]
 
     def shard_rows(self, shard: int) -> np.ndarray:
         """The blocks of one shard, each with the token that follows it: a read-only view of the memory map, (n, P + 1).
