@@ -1,7 +1,7 @@
 """How fast does a training read its blocks, through the DataLoader, beside stock ways of reading the same rows?
 
     python benchmarks/reading.py DATASET              a prepared dataset; prints JSON lines and a table
-    python benchmarks/reading.py data/fineweb --rows 64
+    python benchmarks/reading.py data/fineweb --rows 8 64         micro-batches of 8 rows, and of 64
 
 Random rows as micro-batches of int64. In turns: ours (the order, the memory map and the collator of a run, in a torch
 DataLoader; each row with the token after it, of which the device makes inputs and targets), run_clm.py's way (rows of
@@ -38,14 +38,20 @@ def main() -> None:
     """Measure each way in turns, print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a prepared dataset: its name or folder")
-    parser.add_argument("--rows", type=int, default=32, help="of a micro-batch; default: 32")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 128], help="of a micro-batch; default: 32 128")
     parser.add_argument("--repeat", type=int, default=5, help="times that each is run, in turns; default: 5")
-    parser.add_argument("--seconds", type=float, default=2.0, help="that each is run for; default: 2")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that each is run for; default: 1")
     arguments = parser.parse_args()
     folder = dataset_folder(arguments.dataset)
     keep_freed_memory()  # as a run does; here for all ways
-    blocks, rows = Blocks(folder, "train"), arguments.rows
+    blocks = Blocks(folder, "train")
     in_memory = np.concatenate([blocks.shard_tokens(n) for n in range(len(blocks.manifest.splits["train"].shards))])
+    for rows in arguments.rows:
+        compare(folder, blocks, in_memory, rows, arguments.repeat, arguments.seconds)
+
+
+def compare(folder: Path, blocks: Blocks, in_memory: np.ndarray, rows: int, repeat: int, seconds: float) -> None:
+    """Each way in turns, with micro-batches of so many rows."""
     ways: dict[str, Callable[[], Iterator[int]]] = {
         "ours, 0 workers": lambda: ours(folder, rows, 0),
         "ours, 1 worker": lambda: ours(folder, rows, 1),
@@ -58,9 +64,9 @@ def main() -> None:
         "ours, 0 workers, cold": lambda: ours(folder, rows, 0),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(arguments.repeat):
+    for number in range(repeat):
         for name, way in ways.items():
-            speed = measure(way, arguments.seconds, folder if name.endswith("cold") else None)
+            speed = measure(way, seconds, folder if name.endswith("cold") else None)
             speeds[name].append(speed)
             record = {"variant": name, "repetition": number, "rows_per_s": round(speed), "rows": rows}
             print(json.dumps({**record, "block_size": blocks.block_size}), flush=True)
