@@ -63,6 +63,11 @@ OVERRIDDEN = {
         "how groups and arguments are made, and what is kept on the trainer",
         "tests/clm/test_muon.py::test_each_parameter_is_in_exactly_one_group",
     ),
+    "_move_model_to_device": Stock(
+        ("1428db706ecc",),
+        "what is done beside moving it",
+        "tests/end_to_end/test_tp.py::test_tensor_parallel_on_two_processes_is_one_process_and_any_layout_goes_on",
+    ),
     "_get_train_sampler": Stock(
         ("726bd2c713ec",),
         "its arguments, and who calls it",
