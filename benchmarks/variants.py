@@ -163,6 +163,10 @@ class NullModel(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.config, self.generation_config = LlamaConfig(), None
 
+    def num_parameters(self, exclude_embeddings: bool = False) -> int:
+        """As transformers' models say it."""
+        return 1
+
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """A loss that depends on nothing."""
         from transformers.modeling_outputs import CausalLMOutputWithPast

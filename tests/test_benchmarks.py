@@ -37,6 +37,14 @@ def test_throughput_prints_a_line_per_variant_and_repetition(run_cli):
 
 
 @pytest.mark.slow
+def test_the_loop_alone_is_timed_of_ours_bare_and_stock(run_cli):
+    result = run_cli(["benchmarks/loop_overhead.py", "--steps", "2", "--repeats", "1"])
+    assert result.code == 0, result.stderr
+    records = [json.loads(line) for line in _json_lines(result.stdout)]
+    assert [record["variant"] for record in records] == ["ours", "bare", "stock"]
+
+
+@pytest.mark.slow
 def test_the_parts_of_a_step_are_measured_beside_the_whole(run_cli):
     few = ["--tokens", "128", "--repeats", "2", "--seconds", "0.01"]
     result = run_cli(["benchmarks/micro.py", "--cpu", "--models", "llama_demo:64", *few])
