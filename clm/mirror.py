@@ -15,7 +15,6 @@ import hashlib
 import json
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -30,6 +29,7 @@ from data_prep.sizes import format_bytes
 
 LISTING = "mirror.json"
 FINAL, AVERAGE = "final", "final-ema"  # the second with run.ema; it is there before the first
+_LOOK_SECONDS = 0.2  # between two looks at whether the end was asked for
 _NOT_COPIED = ("STOP", "SAVE")  # requests to a living run
 
 
@@ -160,11 +160,11 @@ def mirror_run(run: Path, place: str, every: float, is_once: bool) -> None:
         UserError: with `is_once`, or at the end, the place could not be reached.
     """
     run.mkdir(parents=True, exist_ok=True)
-    mirror, ended = Mirror(run, place), threading.Event()
+    mirror, asked = Mirror(run, place), []  # a list: Event.set in a handler waits for ever if it interrupts wait()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda number, _: asked.append(number))
     while True:
-        is_last = is_once or ended.is_set() or (run / FINAL).exists()
+        is_last = is_once or bool(asked) or (run / FINAL).exists()
         began_at = time.monotonic()
         try:
             mirror.update()
@@ -177,7 +177,8 @@ def mirror_run(run: Path, place: str, every: float, is_once: bool) -> None:
             print(f"warning: {place}: {error}; tried again in {every:g} s", file=sys.stderr, flush=True)
         if is_last:
             return
-        ended.wait(max(0.0, every - (time.monotonic() - began_at)))
+        while not asked and time.monotonic() - began_at < every:
+            time.sleep(min(_LOOK_SECONDS, every))
 
 
 def _newest(folders: Iterable[str]) -> int:

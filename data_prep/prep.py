@@ -33,7 +33,16 @@ from data_prep.plan import Options, Plan, make_plan, val_threshold
 from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, give_up
 from data_prep.removed import describe_filters, describe_left_out
-from data_prep.settled import ALIGN_STATE, OWN_NAMES, is_complete, refuse_changed_source, save_listing, save_request
+from data_prep.settled import (
+    ALIGN_STATE,
+    OWN_NAMES,
+    is_complete,
+    refuse_changed_source,
+    remove_leftovers,
+    remove_unfinished,
+    save_listing,
+    save_request,
+)
 from data_prep.sources import SourceFile
 from data_prep.stream import Stream
 from data_prep.tokenizer_folder import describe_tokenizer, import_tokenizer
@@ -58,7 +67,7 @@ def prepare(options: Options) -> dict[str, Manifest]:
     # 1. What is asked for, and whether the folder already holds it.
     plan = make_plan(options)
     if is_complete(plan):
-        shutil.rmtree(plan.work, ignore_errors=True)
+        remove_leftovers(plan)
         manifests = _load_manifests(plan)
         for bucket, folder in plan.outputs.items():
             print(f"{folder}: complete, nothing to do ({manifests[bucket].num_train_tokens:,} train tokens).")
@@ -104,7 +113,7 @@ def settle(plan: Plan) -> Settled:
     save_listing(plan, files)
     if not is_continued and (work / ALIGN_STATE).exists():
         print(f"{plan.folder}: the input changed since the last attempt, which starts anew.", file=sys.stderr)
-        _remove(plan, OWN_NAMES)
+        remove_unfinished(plan, OWN_NAMES)
         work.mkdir()
         save_request(plan)
         save_listing(plan, files)
@@ -309,7 +318,7 @@ def _check_values(plan: Plan, stream: Stream) -> None:
         counts = stream.counts[number][0]
         num_texts = counts.num_read - counts.num_empty - counts.num_bad
         if counts.num_filtered.get(no_value_rule(plan.buckets)) == num_texts > 0:
-            _remove(plan, ("tokenizer",))
+            remove_unfinished(plan, ("tokenizer",))
             columns = column_names(plan.buckets)
             kinds = ", ".join(plan.keep_columns[name] for name in columns)
             raise UserError(
@@ -322,7 +331,7 @@ def _check_length(plan: Plan, stream: Stream) -> None:
     for number, folder in enumerate(plan.outputs.values()):
         num_tokens = sum(counts[number].splits["train"].num_tokens for counts in stream.counts.values())
         if num_tokens < (plan.block_size if plan.packing == CONCAT else 1):
-            _remove(plan, ("tokenizer",))
+            remove_unfinished(plan, ("tokenizer",))
             where = f"{folder} ({plan.buckets[number].condition})" if plan.buckets else str(folder)
             raise UserError(
                 f"{where}: block_size is {plan.block_size:,} but the train documents have only {num_tokens:,} "
@@ -337,12 +346,4 @@ def _leave_nothing_unfinished(plan: Plan) -> None:
     """After a failure in front of the first finished piece of work, leave the folder as it was found."""
     is_begun = any((folder / MANIFEST_NAME).exists() for folder in plan.outputs.values())
     if not is_begun and not (plan.work / TOKENIZER_DONE).exists():
-        _remove(plan, ("tokenizer",))
-
-
-def _remove(plan: Plan, names: tuple[str, ...]) -> None:
-    """Remove what an unfinished preparation made: these of each dataset, and the working folder."""
-    for folder in plan.outputs.values():
-        for name in names:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    shutil.rmtree(plan.work, ignore_errors=True)
+        remove_unfinished(plan, ("tokenizer",))

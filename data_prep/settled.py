@@ -6,12 +6,15 @@ UserError when the folder holds something else, which is never overwritten.
 
 import json
 import shlex
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_prep.align import read_rows
 from data_prep.documents import files_path
 from data_prep.errors import UserError
+from data_prep.lock import LOCK_NAME, folder_lock
 from data_prep.manifest import MANIFEST_NAME, load_manifest, prep_command
 from data_prep.packing import CONCAT
 from data_prep.plan import Plan, describe_files, other_folder
@@ -70,6 +73,21 @@ def is_complete(plan: Plan) -> bool:
                 f"Give another folder: {other_folder(plan, 'new')}"
             )
     return False
+
+
+def remove_leftovers(plan: Plan) -> None:
+    """Remove what a process left that was killed after its last file; one that is about to end removes its own."""
+    if plan.work.exists() or (plan.folder / LOCK_NAME).exists():
+        with suppress(UserError), folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR"):
+            shutil.rmtree(plan.work, ignore_errors=True)
+
+
+def remove_unfinished(plan: Plan, names: tuple[str, ...]) -> None:
+    """Remove what an unfinished preparation made: these of each dataset, and the working folder."""
+    for folder in plan.outputs.values():
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(plan.work, ignore_errors=True)
 
 
 def refuse_changed_source(plan: Plan) -> None:

@@ -112,7 +112,10 @@ def test_a_second_run_does_nothing_and_takes_a_moment(tmp_path, corpus, small_to
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     for path in corpus.iterdir():
         os.utime(path)  # touched, not changed
+    (tmp_path / "out" / ".lock").write_text("999999")  # its writer was killed after its last file
+    (tmp_path / "out" / ".work").mkdir()
     assert "nothing to do" in run_cli(command).stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 def test_two_preps_into_one_folder_are_refused(tmp_path, corpus, small_tokenizer, fails):
