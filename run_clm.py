@@ -147,8 +147,8 @@ def run(plan: Plan, args: TrainingArguments, requests: Requests) -> None:
 
 def train(plan: Plan, requests: Requests) -> ClmTrainer:
     """From the newest checkpoint, or from the beginning, to the end of its stage; `outcome` says why it ended."""
+    from clm.divided import is_divided
     from clm.events import excluded_ranges
-    from clm.fsdp import is_divided
     from clm.launch import agree, make_arguments, pick_checkpoint
     from clm.metrics import cut_back_run
     from clm.model import build_planned_model

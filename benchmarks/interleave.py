@@ -12,25 +12,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, TextIO
 
 from benchmarks.variants import Settings
 
 
 class Variant:
-    """A variant's process."""
+    """A variant's process; `said` is an open file for what it says on stderr: a pipe would be full some day."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, said: TextIO):
         self.settings = settings
         self.first: dict[str, Any] = {}
         self.warm_up_s = 0.0
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.said = said
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.variants", json.dumps(dataclasses.asdict(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.said,  # a pipe would be full some day, and stop it
+            stderr=said,
             text=True,
         )
 
@@ -53,6 +53,11 @@ class Variant:
             raise RuntimeError(f"{self.settings.variant} has ended:\n{self.said.read()[-2000:]}")
         return json.loads(line)
 
+    def end(self) -> None:
+        """Stop it at once."""
+        self.process.kill()
+        self.process.wait()
+
 
 @contextmanager
 def start(settings: list[Settings], num_warm_up_steps: int) -> Iterator[list[Variant]]:
@@ -60,16 +65,13 @@ def start(settings: list[Settings], num_warm_up_steps: int) -> Iterator[list[Var
 
     Of each variant `warm_up_s` is set, the seconds from its start to the end of those steps, and `first`, its answer.
     """
-    variants: list[Variant] = []
-    try:
+    with ExitStack() as stack:
+        variants: list[Variant] = []
         for one in settings:
             began_at = time.perf_counter()
-            variants.append(Variant(one))
-            variants[-1].first = variants[-1].make_steps(num_warm_up_steps)
-            variants[-1].warm_up_s = time.perf_counter() - began_at
+            variant = Variant(one, stack.enter_context(tempfile.TemporaryFile("w+")))
+            stack.callback(variant.end)
+            variants.append(variant)
+            variant.first = variant.make_steps(num_warm_up_steps)
+            variant.warm_up_s = time.perf_counter() - began_at
         yield variants
-    finally:
-        for variant in variants:
-            variant.process.kill()
-            variant.process.wait()
-            variant.said.close()

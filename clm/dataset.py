@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from clm.order import Order, derive_key, permute
-from data_prep.blocks import NO_TARGET, Blocks, copy_rows
+from data_prep.blocks import Blocks, copy_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -128,7 +128,7 @@ class TrainBlocks(torch.utils.data.Dataset):
             numbers = np.where(np.asarray(samples) == FILLER, max(*samples, 0), samples).tolist()
         dataset, block, shard, number, is_last = self._find(numbers).T
         tokens = copy_rows(self._rows, shard, number, self.splits[0].block_size)
-        tokens[is_last.nonzero(), -1] = NO_TARGET
+        tokens[is_last.nonzero(), -1] = IGNORE
         if not (self._has_own_targets or has_filler):
             return Rows(tokens, None, samples, self.block_size)
         targets = tokens[:, 1:].copy()
@@ -138,7 +138,7 @@ class TrainBlocks(torch.utils.data.Dataset):
             if own is not None:
                 targets[mine] = own
         is_filler = np.asarray(samples) == FILLER
-        tokens[is_filler], targets[is_filler] = 0, NO_TARGET
+        tokens[is_filler], targets[is_filler] = 0, IGNORE
         return Rows(tokens, targets, samples, self.block_size)
 
     def _find(self, samples: list[int]) -> np.ndarray:

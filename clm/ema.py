@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from clm.divided import is_engine_used
 from clm.first_weights import weights_of_folder
 from clm.metrics import log
 from clm.run_folder import EMA
-from clm.speed import is_engine_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clm.arguments import DEFAULTS
+from clm.divided import is_fsdp, tp_size
 from clm.host_memory import freed_memory_goes_back
-from clm.tensor_parallel import divide, tp_size
+from clm.tensor_parallel import divide
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,16 +35,6 @@ ON_CPU = "CLM_FSDP_ON_CPU"  # environment variable: try FSDP2 without GPUs
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 Source = Callable[[str, torch.Size], torch.Tensor]  # name and shape of a parameter -> its values, fp32 on the CPU
-
-
-def is_fsdp() -> bool:
-    """Whether this launch asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def is_divided() -> bool:
-    """Whether each process of this launch holds a part of the weights in DTensors: FSDP2 or tensor parallelism."""
-    return is_fsdp() or tp_size() > 1
 
 
 def check_parallelism(recipe: Recipe) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 from clm.arguments import DEFAULTS, build_arguments, scheduler_kwargs
 from clm.checkpoint import clean_run_folder, find_damage, read_checkpoint_facts, rolled_back_at, total_bytes
-from clm.fsdp import configure_cpu, is_divided
+from clm.divided import is_deepspeed_launch, is_divided
+from clm.fsdp import configure_cpu
 from clm.loading import check_layout
 from clm.metrics import log
 from clm.order import ORDER_VERSION
@@ -86,7 +87,7 @@ def make_arguments(plan: Plan, stage: Stage) -> Any:
         derived["warmup_steps"] = num_warmup_steps(plan.training, plan.num_steps)
     if not torch.cuda.is_available():
         derived["dataloader_pin_memory"] = False  # there is nothing to copy to
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if is_deepspeed_launch():
             # DeepSpeed would ask for NCCL; on a CPU its process group must be there before TrainingArguments
             from accelerate import PartialState
 

@@ -7,13 +7,13 @@ wrote is read in every layout once it is converted (clm/universal.py); DeepSpeed
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clm import universal
+from clm.divided import is_deepspeed_used
 from clm.first_weights import fill_from_files
 from clm.sharded import METADATA, SHARDED, is_sharded, load_model, load_optimizer, load_plain_optimizer
 from data_prep.errors import UserError
@@ -31,7 +31,7 @@ def check_layout(checkpoint: Path, facts: dict[str, Any], plan: Plan) -> None:
             another's with DeepSpeed.
     """
     files = facts["files"]
-    wants_engine = bool(plan.training.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    wants_engine = is_deepspeed_used(plan.training)
     before, num_processes = facts["num_processes"], plan.num_processes
     is_other = universal.is_engines(files) and (not wants_engine or before != num_processes)
     if is_other and not universal.is_universal(files):

@@ -93,9 +93,7 @@ def permute(indices: np.ndarray, size: int, keys: np.ndarray | int, inverse: boo
                 result = walking
             else:
                 result[todo] = walking
-            outside = np.flatnonzero(
-                walking >= np.uint64(size)
-            )  # cycle walking: once more until it falls into the range
+            outside = np.flatnonzero(walking >= np.uint64(size))  # cycle walking: once more until it is inside
             todo, walking, key = outside if todo is None else todo[outside], walking[outside], key[outside]
     return result.reshape(indices.shape).astype(np.int64)
 

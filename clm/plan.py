@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clm.arguments import check_training
 from clm.dataset import ValidationRows
+from clm.divided import tp_size
 from clm.document_mask import DocumentMask
 from clm.ema import check_ema
 from clm.fsdp import check_fsdp
@@ -29,7 +30,7 @@ from clm.schedule import learning_rate_factor
 from clm.schedule_free import check_schedule_free
 from clm.speed import Speed, choose_speed
 from clm.spikes import check_policy
-from clm.tensor_parallel import check_tensor_parallel, tp_size
+from clm.tensor_parallel import check_tensor_parallel
 from clm.timeline import Ranges, Stage, Timeline
 from data_prep.blocks import Blocks
 from data_prep.errors import UserError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from clm.speed import is_engine_used
+from clm.divided import is_engine_used
 
 if TYPE_CHECKING:
     from clm.recipe import Recipe

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clm.speed import is_engine_used
+from clm.divided import is_engine_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

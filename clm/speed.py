@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clm.attention import choose_attention, needs_mask
-from clm.tensor_parallel import tp_size
+from clm.divided import is_deepspeed_used, is_engine_used, is_fsdp
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,16 +87,6 @@ def choose_speed(
     return Speed(is_fast, loss, why_loss, compiled, why_compiled, attention, why_attention)
 
 
-def is_engine_used(training: dict[str, Any]) -> bool:
-    """Whether the weights are divided among processes: DeepSpeed, FSDP or tensor parallelism."""
-    return is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true" or tp_size() > 1
-
-
-def is_deepspeed_used(training: dict[str, Any]) -> bool:
-    """Whether DeepSpeed owns the weights."""
-    return bool(training.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-
-
 def _check_optimizer(recipe: Recipe, training: dict[str, Any]) -> None:
     if recipe.run.optimizer != "muon":
         return
@@ -161,7 +151,7 @@ def _choose_loss(
             )
         return None, why_not
     why_whole = None
-    if is_deepspeed_used(training) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if is_deepspeed_used(training) or is_fsdp():
         why_whole = "weights are sharded, and the head's is whole only while the head is called"
     elif compiled:
         why_whole = "torch.compile fuses it, and leaves a compiled model to compute a chunked one"

@@ -13,7 +13,6 @@ reduced numbers, so they decide the same.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from clm.arguments import DEFAULTS
+from clm.divided import is_deepspeed_used, is_divided
 from clm.events import append_event, read_events
-from clm.fsdp import is_divided
 from clm.metrics import log
 from clm.run_folder import list_checkpoints
 from clm.spike_detector import COLUMNS, NEW_LEVEL, Detector, Verdict
@@ -43,7 +42,7 @@ def check_policy(recipe: Recipe, training: dict[str, Any], precision: str) -> No
         return
     remedy = "rollback and report work with everything."
     optim = training.get("optim", DEFAULTS["optim"])
-    if training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if is_deepspeed_used(training):
         why = f"DeepSpeed makes the update, which has no gate. Start without DeepSpeed, or choose another: {remedy}"
     elif recipe.run.optimizer == "muon":
         why = f"run.optimizer is muon, which has no gate on the device. Choose another: {remedy}"

@@ -18,6 +18,8 @@ import os
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
+from clm.divided import is_deepspeed_used, is_fsdp, tp_size
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,11 +34,6 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 # what transformers calls the norms of queries and keys: whole, but each process applies them to its heads
 OF_HEADS = "replicated_with_grad_allreduce"
 BESIDE_FSDP = "accelerate_configs/tp_fsdp2.yaml"
-
-
-def tp_size() -> int:
-    """Processes that share one copy of each layer, as the launcher says; 1 without tensor parallelism."""
-    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
 
 
 def check_tensor_parallel(
@@ -55,25 +52,24 @@ def check_tensor_parallel(
     say = problems.messages.append
     asked = f"{recipe.path}: the launcher asks for tensor parallelism (tp_size {size})"
     copies, parts = (int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", "1")) for name in ("REPLICATE", "SHARD"))
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if training.get("deepspeed") or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if is_deepspeed_used(training):
         say(f"{asked} beside DeepSpeed, which divides the model itself. Use {BESIDE_FSDP}, or set tp_size to 1.")
     elif copies > 1:
         say(
             f"{asked} beside copies of the model (dp_replicate_size {copies}), which is not tested. Set that to 1 and "
             f"use dp_shard_size, as in {BESIDE_FSDP}."
         )
-    elif not is_fsdp and size != num_processes:
+    elif not is_fsdp() and size != num_processes:
         say(
             f"{asked} but there are {num_processes} processes. Start {size}, or say --parallelism_config_tp_size "
             f"{num_processes}; groups beside each other need FSDP2: {BESIDE_FSDP}."
         )
-    elif is_fsdp and (size * parts != num_processes or parts == 1):
+    elif is_fsdp() and (size * parts != num_processes or parts == 1):
         say(
             f"{asked} within FSDP2 among {parts} (dp_shard_size), but there are {num_processes} processes. Their "
             f"product must be the number of processes, and dp_shard_size above 1: see {BESIDE_FSDP}."
         )
-    if is_fsdp and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+    if is_fsdp() and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         say(f"{asked} and for fsdp_offload_params, which is not tested with it. Set that to false.")
     if config is not None:
         _check_shape(recipe, config, size)

@@ -16,12 +16,13 @@ from transformers.trainer_callback import PrinterCallback
 from clm.block_record import BlockRecord
 from clm.checkpoint import SAVING
 from clm.dataset import OrderSampler, TrainBlocks, ValidationRows
+from clm.divided import is_divided
 from clm.ema import PREFIX as EMA_PREFIX
 from clm.ema import Ema
 from clm.evaluate import Sums, evaluate_sets, sum_losses
 from clm.fast_steps import FastSteps, make_collator
 from clm.first_weights import fill_from_files, names_match
-from clm.fsdp import gather_state, is_divided, shard
+from clm.fsdp import gather_state, shard
 from clm.loading import is_ours, load_optimizer_and_scheduler, load_weights
 from clm.metrics import JsonLines, Progress
 from clm.plan import Plan

@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from clm.divided import is_engine_used
 from clm.plan import Plan, make_plan
 from clm.recipe import load_recipe
-from clm.speed import is_engine_used
 from clm.timeline import Stage
 from clm.tune_lab import WARM_UP, Lab
 from clm.tune_recipe import check_writable, write_rows

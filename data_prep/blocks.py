@@ -229,7 +229,7 @@ def copy_rows(rows: Mapping[int, np.ndarray], shards: np.ndarray, numbers: np.nd
     if not len(shards):
         return np.empty((0, block_size + 1), dtype=np.int64)
     wanted = [rows[shard][number] for shard, number in zip(shards.tolist(), numbers.tolist(), strict=True)]
-    # joining bytes takes half the time of np.concatenate for so many short arrays
+    # joining bytes has less to do for each row than np.concatenate
     return np.frombuffer(b"".join(wanted), wanted[0].dtype).astype(np.int64).reshape(-1, block_size + 1)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +53,42 @@ def before_the_end(run: Path, name: str) -> Path:
     return copy
 
 
+def assert_is_one_process(other: Path, one: Path) -> None:
+    """Curve, evaluations, samples and final model of a divided run are those of one process."""
+    assert np.allclose(list(losses(one).values()), list(losses(other).values()), rtol=1e-5)
+    norms = [[r["grad_norm"] for r in read_metrics(run) if "grad_norm" in r] for run in (one, other)]
+    assert np.allclose(*norms, rtol=1e-4)
+    evaluations = [[r["eval_loss"] for r in read_metrics(run) if "eval_loss" in r] for run in (one, other)]
+    assert len(evaluations[0]) == 2 and np.allclose(*evaluations, rtol=1e-5)
+    samples = [(run / "samples.jsonl").read_text() for run in (one, other) if (run / "samples.jsonl").exists()]
+    assert len(samples) != 1 and len(set(samples)) <= 1
+    weights = [load_file(run / "final" / "model.safetensors") for run in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+    assert (one / "final" / "config.json").read_text() == (other / "final" / "config.json").read_text()
+    assert first_weights(other) == first_weights(one)
+
+
+def assert_any_layout_goes_on(start: Callable[[str], Any], train: Callable[..., Path], two: Path, one: Path) -> None:
+    """From step 5: the divided run bit for bit, one process from its shards, and it from what one process wrote.
+
+    Args:
+        start: starts or continues the divided run of a name.
+        train: the same on one process, `train(name=...)`.
+    """
+    again = before_the_end(two, "again")
+    assert "continuing from" in start("again").stdout
+    assert losses(again) == losses(two), "bit for bit"
+    assert (again / "final" / "model.safetensors").read_bytes() == (two / "final" / "model.safetensors").read_bytes()
+    expected = list(losses(one).values())
+    alone = before_the_end(two, "alone")
+    train(name="alone")
+    assert np.allclose(list(losses(alone).values()), expected, rtol=1e-5)
+    back = before_the_end(one, "back")
+    assert "continuing from" in start("back").stdout, "what one process wrote"
+    assert np.allclose(list(losses(back).values()), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "version, num_processes, overrides, expected",
     [
@@ -79,40 +118,20 @@ def test_fsdp_on_two_processes_is_one_process_and_any_layout_goes_on_from_its_sh
     done = fsdp(recipe, "two", *short)
     assert done.stdout.count("saved checkpoint-10") == done.stdout.count("final model:") == 1
     two = one.with_name("two")
-    assert np.allclose(list(losses(one).values()), list(losses(two).values()), rtol=1e-5)
-    norms = [[r["grad_norm"] for r in read_metrics(run) if "grad_norm" in r] for run in (one, two)]
-    assert np.allclose(*norms, rtol=1e-4)
-    evaluations = [[r["eval_loss"] for r in read_metrics(run) if "eval_loss" in r] for run in (one, two)]
-    assert len(evaluations[0]) == 2 and np.allclose(*evaluations, rtol=1e-5)
-    assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
-
-    weights = [load_file(run / "final" / "model.safetensors") for run in (one, two)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
-    assert (one / "final" / "config.json").read_text() == (two / "final" / "config.json").read_text()
+    assert_is_one_process(two, one)
+    assert (two / "samples.jsonl").exists()
     reload = run_cli(["-m", "clm", "reload", "two"])
     assert reload.code == 0 and "reload: the same model" in reload.stdout, reload.stdout
 
-    assert first_weights(two) == first_weights(one)
     checkpoint = two / "checkpoint-5"
     files = json.loads((checkpoint / "checkpoint.json").read_text())["files"]
     assert {"sharded/.metadata", "sharded/__0_0.distcp", "sharded/__1_0.distcp", "rng_state_1.pth"} <= set(files)
     assert not any(name.startswith(("model", "optimizer")) for name in files)
-    again = before_the_end(two, "again")
-    assert "continuing from" in fsdp(recipe, "again", *short).stdout
-    assert losses(again) == losses(two), "bit for bit"
-    assert (again / "final" / "model.safetensors").read_bytes() == (two / "final" / "model.safetensors").read_bytes()
-
-    expected = list(losses(one).values())
-    alone = before_the_end(two, "alone")
-    train(*short, name="alone")
-    assert np.allclose(list(losses(alone).values()), expected, rtol=1e-5)
+    assert_any_layout_goes_on(lambda name: fsdp(recipe, name, *short), partial(train, *short), two, one)
     ddp = before_the_end(two, "ddp")
     done = launch(*TORCHRUN, "run_clm.py", str(recipe), *short, "training.run_name=ddp")
-    assert done.returncode == 0 and np.allclose(list(losses(ddp).values()), expected, rtol=1e-5), done.stderr
-    back = before_the_end(one, "back")
-    assert "continuing from" in fsdp(recipe, "back", *short).stdout, "and FSDP2 from what one process wrote"
-    assert np.allclose(list(losses(back).values()), expected, rtol=1e-5)
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(list(losses(ddp).values()), list(losses(one).values()), rtol=1e-5)
 
     damaged = before_the_end(two, "damaged")
     shards = damaged / "checkpoint-5" / "sharded" / "__1_0.distcp"
