@@ -61,7 +61,7 @@ CPU_MODELS = ("llama_20m:512",)
 GPU_MODELS = ("llama_170m:512", "llama_170m:2048", "llama_437m:1024", "llama_437m_hd128:1024", "llama_170m:1024:8192")
 GPU_MODELS += ("mixtral_1.6b:1024:32768", "tinyllama_1.1b:2048:32768")
 TOKENS_PER_MICRO_BATCH = {True: 1024, False: 65_536}
-KEYS = ("tokens_per_s", "tokens_per_cpu_s")
+RATES = {"tokens_per_s": "time_s", "tokens_per_cpu_s": "cpu_s"}  # by which of what a process answers
 TINY = {
     "vocab_size": 4096,
     "hidden_size": 64,
@@ -160,8 +160,7 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
                 "variant": shown,
                 **about,
                 "repeat": repeat,
-                "tokens_per_s": round(rate, 1),
-                "tokens_per_cpu_s": round(tokens / answer["cpu_s"], 1),
+                **rates_of(tokens, answer),
                 **more,
                 "share_of_matmul_limit": round(flops_per_s / limits["matmul_tflops"] / 1e12, 4),
                 "warm_up_s": round(variant.warm_up_s, 1),
@@ -200,23 +199,38 @@ def measure_evaluation(model: str, arguments: argparse.Namespace) -> list[dict[s
             for repeat in range(arguments.repeats):
                 for name, variant in (("evaluating", evaluating), ("control", control)):
                     variant.make_steps(1, "evaluate" if (name, when, repeat) == ("evaluating", "after", 0) else "")
-                    rate = tokens / variant.make_steps(arguments.steps)["time_s"]
+                    took = variant.make_steps(arguments.steps)
                     about = {"variant": shown[0], "model": Path(config).stem, "block_size": block_size}
-                    record = {**about, "process": name, "when": when, "repeat": repeat, "tokens_per_s": round(rate, 1)}
-                    records.append(record)
-                    print(json.dumps(record), flush=True)
-    median = {
-        (name, when): statistics.median(r["tokens_per_s"] for r in records if (r["process"], r["when"]) == (name, when))
-        for name in ("evaluating", "control")
-        for when in ("before", "after")
-    }
-    own, other = (median[name, "after"] / median[name, "before"] for name in ("evaluating", "control"))
+                    about |= {"process": name, "when": when, "repeat": repeat}
+                    records.append({**about, **rates_of(tokens, took)})
+                    print(json.dumps(records[-1]), flush=True)
+    ratios = {key: _change_by_pairs(records, key) for key in RATES}
     print(
-        f"{Path(config).stem} {block_size}  after / before its first evaluation {own:.3f}, a process that did not "
-        f"evaluate {other:.3f}: {own / other:.3f}",
+        f"{Path(config).stem} {block_size}  speed after / before its first evaluation, beside a process that does not "
+        f"evaluate, medians of {arguments.repeats} pairs: {ratios['tokens_per_s']:.3f} by the clock, "
+        f"{ratios['tokens_per_cpu_s']:.3f} by CPU time",
         file=sys.stderr,
     )
     return records
+
+
+def rates_of(tokens: int, answer: dict[str, Any]) -> dict[str, float]:
+    """By the clock and by the processor's time."""
+    return {key: round(tokens / answer[seconds], 1) for key, seconds in RATES.items()}
+
+
+def _change_by_pairs(records: list[dict[str, Any]], key: str) -> float:
+    """Of evaluating / control, two turns that follow each other: the median after the evaluation / before it."""
+    rates = {(r["process"], r["when"], r["repeat"]): r[key] for r in records}
+    pairs = {
+        at: statistics.median(
+            rate / rates["control", when, repeat]
+            for (name, when, repeat), rate in rates.items()
+            if (name, when) == ("evaluating", at)
+        )
+        for at in ("before", "after")
+    }
+    return pairs["after"] / pairs["before"]
 
 
 def why_not(shown: str) -> str | None:
@@ -241,10 +255,10 @@ def tabulate(records: list[dict[str, Any]], baselines: tuple[str, ...] = ("bare"
             if "skipped" in runs[-1]:
                 lines.append(f"{cells[0]}  left out: {runs[-1]['skipped']}")
                 continue
-            cells += [f"{statistics.median(r[key] for r in runs):>9,.0f}" for key in KEYS]
+            cells += [f"{statistics.median(r[key] for r in runs):>9,.0f}" for key in RATES]
             for baseline in baselines:
                 if baseline in by_variant and "skipped" not in by_variant[baseline][-1]:
-                    cells.append("  ".join(f"{ratio(runs, by_variant[baseline], key):.3f}" for key in KEYS))
+                    cells.append("  ".join(f"{ratio(runs, by_variant[baseline], key):.3f}" for key in RATES))
             if "mfu" in runs[0]:
                 cells.append(f"{statistics.median(r['mfu'] for r in runs):.1%}")
             cells.append(f"{statistics.median(r['share_of_matmul_limit'] for r in runs):.1%}")
