@@ -92,7 +92,7 @@ class Meter(TrainerCallback):
         self.device, self.flops, self.peak, self.num_devices = device, flops_per_token, peak, num_devices
         self.wait_s = 0.0  # for batches, since the last log point
         self.marks: list[Any] = []  # the beginning and the end of each step: seconds, or events of the GPU
-        self.energy = _open_energy_counter(device)
+        self.energy = open_energy_counter(device)
         self.energy_before: float | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -145,7 +145,7 @@ def seconds_between(begin: Any, end: Any) -> float:
     return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
 
 
-def _open_energy_counter(device: torch.device) -> Any:
+def open_energy_counter(device: torch.device) -> Any:
     """A function that reads the joules this GPU has used since its driver was loaded; None without NVML."""
     if device.type != "cuda":
         return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clm.meter import Meter, flops_per_token, peak_flops
+from clm.meter import Meter, flops_per_token, open_energy_counter, peak_flops
 
 CONFIGS = Path(__file__).resolve().parents[2] / "model_configs"
 PER_TOKEN = {
@@ -52,6 +54,43 @@ def test_what_the_meter_says():
     unknown = Meter(torch.device("cpu"), 1, None, 1)
     unknown.marks = [0.0, 0.1]
     assert "mfu" not in unknown.take(10), "unknown device: none printed"
+
+
+def test_energy_is_read_from_nvml_by_the_uuid_of_the_runs_device(monkeypatch):
+    """A stand-in for the driver's library; the real one: test_on_a_gpu_energy_is_counted."""
+    millijoules = iter([5_000_000, 5_000_000, 5_001_500, 5_004_000])  # opening, step begins, two log points
+    nvml = types.ModuleType("pynvml")
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = {"GPU-7a-b": "handle"}.__getitem__
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next({"handle": millijoules}[handle])
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="7a-b"))
+    assert open_energy_counter(torch.device("cpu")) is None
+    meter = Meter(torch.device("cpu"), None, None, 1)
+    meter.energy = open_energy_counter(torch.device("cuda"))
+    meter.on_step_begin(None, None, None)
+    meter.on_step_end(None, None, None)
+    assert meter.take(10)["energy_j"] == pytest.approx(1.5)
+    meter.on_step_begin(None, None, None)
+    meter.on_step_end(None, None, None)
+    assert meter.take(10)["energy_j"] == pytest.approx(2.5), "from one log point to the next"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="a part of it"))
+    assert open_energy_counter(torch.device("cuda")) is None, "unknown to NVML: no number, and the run goes on"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_energy_is_counted():
+    pytest.importorskip("pynvml")
+    counter = open_energy_counter(torch.device("cuda"))
+    if counter is None:
+        pytest.skip("NVML does not count this device's energy")
+    before, x = counter(), torch.randn(4096, 4096, device="cuda")
+    began_at = time.perf_counter()
+    while time.perf_counter() - began_at < 1:
+        x @ x
+        torch.cuda.synchronize()
+    assert 10 < counter() - before < 5000
 
 
 @pytest.mark.gpu
