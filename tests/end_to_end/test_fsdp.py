@@ -26,6 +26,7 @@ from .test_launch import BIN, ROOT, TORCHRUN, first_weights, launch
 from .test_speed import MIXTRAL
 
 FSDP2 = ROOT / "accelerate_configs" / "fsdp2.yaml"
+TP = ROOT / "accelerate_configs" / "tp.yaml"
 
 
 def fsdp(
@@ -228,10 +229,14 @@ def test_stages_under_fsdp_are_those_of_one_process(train, staged, recipe):
 
 
 @pytest.mark.slow
-def test_a_rollback_under_fsdp_takes_out_the_same_blocks(train, recipe, poisoned, samples_of_step):
-    quiet = quiet_config(recipe)
-    one = train(quiet, *on(poisoned, "rollback"), name="one")
-    fsdp(recipe, "two", quiet, *on(poisoned, "rollback"), "training.per_device_train_batch_size=8")
+@pytest.mark.parametrize("launcher", ["fsdp2", "tp"])
+def test_a_rollback_of_a_divided_model_takes_out_the_same_blocks(train, recipe, poisoned, samples_of_step, launcher):
+    poison = (quiet_config(recipe), *on(poisoned, "rollback"))
+    one = train(*poison, name="one")
+    if launcher == "tp":
+        fsdp(recipe, "two", *poison, config=TP)
+    else:
+        fsdp(recipe, "two", *poison, "training.per_device_train_batch_size=8")
     two = one.with_name("two")
     assert excluded_blocks(two) == {b for step in BAD for b in samples_of_step[step].tolist()}
     assert [r["step"] for r in read_metrics(two) if "loss" in r] == list(range(1, 61))

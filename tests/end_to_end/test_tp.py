@@ -15,10 +15,8 @@ import yaml
 from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config, recorded
-from .test_fsdp import assert_any_layout_goes_on, assert_is_one_process, before_the_end, fsdp
+from .test_fsdp import TP, assert_any_layout_goes_on, assert_is_one_process, before_the_end, fsdp
 from .test_launch import BIN, ROOT, TORCHRUN, launch
-
-TP = ROOT / "accelerate_configs" / "tp.yaml"
 
 
 def tp(recipe: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
