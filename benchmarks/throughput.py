@@ -221,16 +221,14 @@ def rates_of(tokens: int, answer: dict[str, Any]) -> dict[str, float]:
 
 def _change_by_pairs(records: list[dict[str, Any]], key: str) -> float:
     """Of evaluating / control, two turns that follow each other: the median after the evaluation / before it."""
-    rates = {(r["process"], r["when"], r["repeat"]): r[key] for r in records}
-    pairs = {
-        at: statistics.median(
-            rate / rates["control", when, repeat]
-            for (name, when, repeat), rate in rates.items()
-            if (name, when) == ("evaluating", at)
+
+    def beside_control(when: str) -> float:
+        turns = (
+            [r for r in records if (r["process"], r["when"]) == (name, when)] for name in ("evaluating", "control")
         )
-        for at in ("before", "after")
-    }
-    return pairs["after"] / pairs["before"]
+        return ratio(*turns, key)
+
+    return beside_control("after") / beside_control("before")
 
 
 def why_not(shown: str) -> str | None:

@@ -37,6 +37,18 @@ def test_throughput_prints_a_line_per_variant_and_repetition(run_cli):
 
 
 @pytest.mark.slow
+def test_the_speed_after_an_evaluation_is_set_beside_that_of_a_process_without(run_cli):
+    few = ["--models", "llama_demo:64", "--tokens", "128", "--steps", "1", "--repeats", "2", "--warm-up", "1"]
+    result = run_cli(["benchmarks/throughput.py", "--cpu", "--evaluation", "--variants", "ours_eager", *few])
+    assert result.code == 0, result.stderr
+    records = [json.loads(line) for line in _json_lines(result.stdout)]
+    assert [(r["process"], r["when"]) for r in records[::2]] == [("evaluating", "before")] * 2 + [
+        ("evaluating", "after")
+    ] * 2
+    assert "medians of 2 pairs" in result.stderr
+
+
+@pytest.mark.slow
 def test_the_loop_alone_is_timed_of_ours_bare_and_stock(run_cli):
     result = run_cli(["benchmarks/loop_overhead.py", "--steps", "2", "--repeats", "1"])
     assert result.code == 0, result.stderr
