@@ -8,7 +8,8 @@
 
 In: variants (benchmarks/variants.py) and models. Out: one JSON object per line on stdout for each repetition, a table
 on stderr. Variants run A B C A B C ...; ratios are medians over repetitions, so that a slow moment hits all alike.
-`ours` is compiled where `ours_eager` is not; `bare` likewise; `stock` is transformers' defaults, which compile nothing.
+`ours` is compiled where `ours_eager` is not; `bare` likewise; `stock` is transformers' defaults, which compile nothing,
+and `stock_best` the same with the micro-batch that it is fastest with, at as many tokens per step.
 `tokens_per_cpu_s` counts the processor's time of one process: where other programs share the machine, the fairer one.
 
 Of each variant also: seconds to compile (its first steps less as many later ones), peak memory, waits for the device
@@ -46,6 +47,7 @@ NAMES = {
     "ours": "ours_compiled",
     "bare": "bare_compiled",
     "stock": "stock",
+    "stock_best": "stock",
     "ours_eager": "ours",
     "bare_eager": "bare",
     "stock_compiled": "stock_compiled",
@@ -56,7 +58,7 @@ NAMES = {
 # Imported before a variant that needs them is started.
 NEEDED = {"stock_liger": "import liger_kernel.transformers", "litgpt": "from litgpt import GPT, Config"}
 CPU_VARIANTS = ("ours", "bare", "stock", "ours_eager", "bare_eager", "stock_compiled")
-GPU_VARIANTS = ("ours", "bare", "stock", "stock_compiled", "stock_liger", "gpt", "litgpt")
+GPU_VARIANTS = ("ours", "bare", "stock", "stock_best", "stock_compiled", "stock_liger", "gpt", "litgpt")
 CPU_MODELS = ("llama_20m:512",)
 GPU_MODELS = ("llama_170m:512", "llama_170m:2048", "llama_437m:1024", "llama_437m_hd128:1024", "llama_170m:1024:8192")
 GPU_MODELS += ("mixtral_1.6b:1024:32768", "tinyllama_1.1b:2048:32768")
@@ -96,9 +98,12 @@ def read_model(model: str, arguments: argparse.Namespace) -> tuple[str, int, int
     return config, block_size, max(1, tokens // block_size)
 
 
-def settings_of(shown: str, model: str, arguments: argparse.Namespace) -> Settings:
-    """What a variant needs to know."""
+def settings_of(shown: str, model: str, arguments: argparse.Namespace, cut: int = 1) -> Settings:
+    """What a variant needs to know; `cut` is the number of parts into which a step's rows are cut instead."""
     config, block_size, rows = read_model(model, arguments)
+    accumulation = arguments.accumulation
+    if shown == "stock_best":
+        rows, accumulation = rows * accumulation // cut, cut
     vocab_size = json.loads(Path(config).read_text())["vocab_size"]
     return Settings(
         variant=NAMES[shown],
@@ -106,7 +111,7 @@ def settings_of(shown: str, model: str, arguments: argparse.Namespace) -> Settin
         dataset=str(dataset_of(vocab_size, block_size, arguments.evaluation)),
         block_size=block_size,
         rows=rows,
-        accumulation=arguments.accumulation,
+        accumulation=accumulation,
         # of a repetition one more, which is not timed
         num_steps=arguments.warm_up
         + LOGGING_STEPS
@@ -118,6 +123,30 @@ def settings_of(shown: str, model: str, arguments: argparse.Namespace) -> Settin
     )
 
 
+def find_best_cut(model: str, arguments: argparse.Namespace) -> int:
+    """Into how many micro-batches the plain Trainer cuts a step best: halves of halves, until two in a row are slower.
+
+    Raises:
+        RuntimeError: none of them fits.
+    """
+    _, _, rows = read_model(model, arguments)
+    seconds: dict[int, float] = {}
+    why, cut = "", 1
+    while rows * arguments.accumulation % cut == 0 and cut <= 4 * min(seconds, key=seconds.get, default=cut):
+        try:
+            settings = settings_of("stock_best", model, arguments, cut)
+            with start([settings], arguments.warm_up) as (variant,):
+                seconds[cut] = min(variant.make_steps(arguments.steps)["time_s"] for _ in range(2))
+            tokens = settings.rows * settings.block_size
+            print(f"stock by {tokens:,} tokens: {seconds[cut]:.3f} s for {arguments.steps} steps", file=sys.stderr)
+        except RuntimeError as error:  # it has ended; memory, as a rule
+            why = str(error)
+        cut *= 2
+    if not seconds:
+        raise RuntimeError(why)
+    return min(seconds, key=seconds.get)
+
+
 def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All repetitions of one model, in the order in which they ran."""
     config, block_size, rows = read_model(model, arguments)
@@ -125,6 +154,7 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
     peak = None if arguments.cpu else peak_flops(limits["device"], None)
     tokens, records = rows * block_size * arguments.accumulation * arguments.steps, []
     left_out = {shown: why for shown in arguments.variants if (why := why_not(shown)) is not None}
+    cuts: dict[str, int] = {}
     examined: dict[str, dict[str, Any]] = {}
     flops: dict[str, int] = {}
 
@@ -135,7 +165,10 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
     def begin(shown: str, stack: ExitStack) -> Variant | None:
         """The variant after its warm-up; None, and noted as left out, where it cannot be."""
         try:
-            variant = stack.enter_context(start([settings_of(shown, model, arguments)], arguments.warm_up))[0]
+            if shown == "stock_best" and shown not in cuts:
+                cuts[shown] = find_best_cut(model, arguments)
+            settings = settings_of(shown, model, arguments, cuts.get(shown, 1))
+            variant = stack.enter_context(start([settings], arguments.warm_up))[0]
             examined_steps = EXAMINED[variant.settings.device.type]
             if arguments.warm_up % LOGGING_STEPS + examined_steps >= LOGGING_STEPS:  # past the next log point
                 variant.make_steps(LOGGING_STEPS - arguments.warm_up % LOGGING_STEPS)
@@ -159,6 +192,8 @@ def measure(model: str, limits: dict[str, Any], arguments: argparse.Namespace) -
             {
                 "variant": shown,
                 **about,
+                "rows": variant.settings.rows,
+                "accumulation": variant.settings.accumulation,
                 "repeat": repeat,
                 **rates_of(tokens, answer),
                 **more,

@@ -24,12 +24,14 @@ def test_losses_are_those_of_the_plain_trainer(run_cli):
 
 @pytest.mark.slow
 def test_throughput_prints_a_line_per_variant_and_repetition(run_cli):
-    small = ["--models", "llama_demo:64", "--variants", "ours_eager", "bare_eager", "stock"]
+    small = ["--models", "llama_demo:64", "--variants", "ours_eager", "bare_eager", "stock", "stock_best"]
     few = ["--tokens", "128", "--steps", "2", "--repeats", "2", "--warm-up", "1"]
     result = run_cli(["benchmarks/throughput.py", "--cpu", *small, *few])
     assert result.code == 0, result.stderr
     records = [json.loads(line) for line in _json_lines(result.stdout)]
-    assert [r["variant"] for r in records] == ["ours_eager", "bare_eager", "stock"] * 2, "in turns"
+    assert [r["variant"] for r in records] == ["ours_eager", "bare_eager", "stock", "stock_best"] * 2, "in turns"
+    assert all(r["rows"] * r["accumulation"] == 2 for r in records), "as many tokens per step"
+    assert "stock by 128 tokens" in result.stderr and "stock by 64 tokens" in result.stderr
     assert all(r["model"] == "llama_demo" and r["tokens_per_s"] > 0 for r in records)
     assert all(0 < r["share_of_matmul_limit"] < 2 and "mfu" not in r and r["compile_s"] >= 0 for r in records)
     assert all(any("scaled_dot_product" in kernel for kernel in r["attention_kernels"]) for r in records)
