@@ -42,7 +42,7 @@ def test_the_warning_makes_the_run_save_and_the_job_queue_again_unless_it_is_ove
         time.sleep(0.01)
     time.sleep(0.1)  # until the shell waits for it
     job.send_signal(signal.SIGUSR1)
-    output = job.communicate(timeout=20)[0].decode()
+    output = job.communicate(timeout=60)[0].decode()
     called = tmp_path / "scontrol"
     assert (called.read_text().strip() if called.exists() else None) == expected
     assert job.returncode == (1 if restarts == 3 else 0), output

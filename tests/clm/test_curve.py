@@ -56,7 +56,7 @@ def test_a_run_with_a_hundred_thousand_points_is_drawn_in_a_small_file_within_se
     write_metrics(run, draw)
     started_at = time.perf_counter()
     path = draw_curve(run)
-    assert time.perf_counter() - started_at < 10
+    assert time.perf_counter() - started_at < 30
     assert path.stat().st_size < 300_000
 
 

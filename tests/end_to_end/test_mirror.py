@@ -103,7 +103,7 @@ def test_the_copier_ends_by_itself_when_the_run_has_finished(run, tmp_path):
     (run / "final").mkdir()
     (run / "final" / "config.json").write_text("{}")
     copier = mirror(run, tmp_path / "bucket")
-    assert copier.wait(timeout=30) == 0
+    assert copier.wait(timeout=60) == 0
     assert "final" in listed(tmp_path / "bucket")
 
 

@@ -188,7 +188,7 @@ def test_a_second_signal_exits_at_once_also_where_the_first_can_never_be_followe
         assert both[0].poll() is None, both[0].output
     time.sleep(COPIES_S)
     both[0].kill(signal.SIGINT)
-    assert both[0].wait(timeout_s=5) == 128 + signal.SIGINT
+    assert both[0].wait(timeout_s=30) == 128 + signal.SIGINT
     assert "SIGINT a second signal: stopped at once" in both[0].output
     assert newest(run()) == 0
 
@@ -202,7 +202,7 @@ def test_a_stop_whose_save_fails_says_so_and_nobody_waits(start, run):
     both[1].kill(signal.SIGTERM)
     assert both[0].wait() == 2, both[0].output
     assert both[1].wait() in (1, 2), both[1].output
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert "error: " in both[0].output and "the disk is full" in both[0].output
     assert "and stopped; the same command continues" not in both[0].output
     assert newest(run()) == 0
