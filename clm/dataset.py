@@ -77,7 +77,7 @@ class PermutedTargets:
     """Targets drawn from anywhere in the corpus: position p gets the token at a permuted position.
 
     A control (`data.permute_labels`): nothing in the input says anything about the target any more, so the loss of a
-    sound pipeline ends at the unigram entropy of the corpus, and one that leaks targets ends below it.
+    sound pipeline ends at the loss of knowing frequencies alone, and one that leaks targets ends below it.
     """
 
     def __init__(self, blocks: Blocks, seed: int):

@@ -78,6 +78,9 @@ def _facts(tally: Tally) -> list[tuple[str, str]]:
     nats, per_token = tally.entropy, train.num_bytes / train.num_tokens if train.num_tokens else 0.0
     bits = f", {nats / math.log(2) / per_token:.3f} bits per byte" if per_token else ""
     facts.append(("unigram entropy", f"{nats:.4f} nats per token{bits}: the loss of knowing frequencies alone"))
+    if tally.validation_cross_entropy is not None:
+        nats = f"{tally.validation_cross_entropy:.4f} nats per token"
+        facts.append(("train's frequencies on validation", f"{nats}: the validation loss of knowing them alone"))
     facts.append(("vocabulary", f"{manifest.tokenizer.vocab_size:,} ids as {manifest.dtype}"))
     facts.append(("packing", manifest.packing))
     facts.append(("encoder", str(manifest.encoder.get("name", "-"))))

@@ -41,6 +41,8 @@ def describe_tally(tally: Tally) -> str:
     lost = [f"{name} {num:,} ({share(num, num_read)})" for name, num in fates.items() if name not in SPLITS and num]
     lines.append(f"left out of {num_read:,} documents read: {', '.join(lost) or 'none'}")
     lines.append(f"unigram entropy of train: {tally.entropy:.4f} nats per token")
+    if tally.validation_cross_entropy is not None:
+        lines.append(f"  train's frequencies on validation: {tally.validation_cross_entropy:.4f} nats per token")
     num_unused = int((tally.counts == 0).sum())
     lines.append(f"entries of the vocabulary that train never uses: {num_unused:,} of {len(tally.counts):,}")
     return "\n".join(lines)

@@ -56,6 +56,7 @@ class Tally:
     splits: dict[str, SplitTally]
     sources: list[SourceTally]
     counts: np.ndarray  # how often each id stands in the train blocks: int64 (vocab_size,)
+    validation_counts: np.ndarray  # likewise in the validation blocks
     num_shared: int  # validation texts that train has too, of the kept ones
     shared_one_in: int
 
@@ -63,6 +64,16 @@ class Tally:
     def entropy(self) -> float:
         """Unigram entropy of the train tokens in nats: the loss of a model that knows nothing but frequencies."""
         return unigram_entropy(self.counts)
+
+    @property
+    def validation_cross_entropy(self) -> float | None:
+        """The validation loss in nats of a model that knows nothing but train's frequencies; None without validation.
+
+        Each id counts once more than it stands there (Laplace), so that none is impossible.
+        """
+        num_tokens = int(self.validation_counts.sum())
+        log_p = np.log((self.counts + 1) / (self.counts + 1).sum())
+        return float(-(self.validation_counts * log_p).sum() / num_tokens) if num_tokens else None
 
 
 def tally_dataset(folder: Path) -> Tally:
@@ -88,7 +99,7 @@ def tally_dataset(folder: Path) -> Tally:
     num_shared = int(np.isin(others, finders["train"].hashes(one_in)).sum()) if len(others) else 0
     for split, finder in finders.items():
         splits[split].repeats = finder.find(NUM_MOST_REPEATED)
-    return Tally(folder, manifest, splits, sources, counts["train"], num_shared, one_in)
+    return Tally(folder, manifest, splits, sources, counts["train"], counts["validation"], num_shared, one_in)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:

@@ -78,6 +78,9 @@ def test_sources_and_ids_are_those_counted_by_hand(dataset):
     assert dict(tokens) == {id_: num for id_, num in enumerate(tally.counts.tolist()) if num}
     entropy = -sum(num / tokens.total() * math.log(num / tokens.total()) for num in tokens.values())
     assert tally.entropy == pytest.approx(entropy, rel=1e-12)
+    held_out, size = Counter(documents_by_hand(dataset, "validation")[1].tolist()), len(tally.counts)
+    nats = -sum(num * math.log((tokens[id_] + 1) / (tokens.total() + size)) for id_, num in held_out.items())
+    assert tally.validation_cross_entropy == pytest.approx(nats / held_out.total(), rel=1e-12)
     ledger = load_manifest(dataset).ledger
     assert [source.name for source in tally.sources] == list(ledger)
     for source in tally.sources:
@@ -159,6 +162,7 @@ def test_the_page_shows_everything_and_loads_nothing(dataset, capsys):
     best = int(np.argmax(tally.counts))
     for shown in (
         f"{tally.entropy:.4f} nats per token",
+        f"{tally.validation_cross_entropy:.4f} nats per token",
         f"{tally.splits['train'].num_cut:,} ({share(tally.splits['train'].num_cut, tally.splits['train'].tokens.num)})",
         f"{int(tally.counts[best]):,}",
         f"{int((tally.counts == 0).sum())} of {len(tally.counts)} ids are never used",

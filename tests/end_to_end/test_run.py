@@ -161,16 +161,14 @@ def test_continuing_a_base_model_starts_at_its_loss_with_fp32_masters(train, rec
 
 @pytest.mark.slow
 def test_the_control_with_permuted_labels_learns_nothing_but_frequencies(train, prepared):
-    from data_prep.blocks import Blocks
+    from data_prep.tally import tally_dataset
 
     normal = train("data.tokens=61440", name="normal")
     control = train("data.tokens=61440", "data.permute_labels=true", name="control")
-    counts = np.bincount(Blocks(prepared.folder, "train").shard_tokens(0), minlength=384)
-    p = counts[counts > 0] / counts.sum()
-    entropy = -(p * np.log(p)).sum()
+    frequencies = tally_dataset(prepared.folder).validation_cross_entropy
     final = [next(r for r in reversed(read_metrics(run)) if "eval_loss" in r)["eval_loss"] for run in (normal, control)]
-    assert final[0] < entropy - 0.5
-    assert final[1] == pytest.approx(entropy, abs=0.35)  # 60 k tokens: it is still on its way, but not below
+    assert final[0] < frequencies - 0.5
+    assert frequencies - 0.02 < final[1] < frequencies + 0.35  # 60 k tokens: it is still on its way, but not below
 
 
 def test_two_validation_sets_are_named_and_summed(train, prepared, tmp_path):
