@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from clm.order import Order, derive_key, permute
-from data_prep.blocks import Blocks, copy_rows
+from data_prep.blocks import NO_TARGET, Blocks, copy_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FILLER = -1  # a sample number: a block without targets, where a global batch does not divide (run.uneven_batch)
 _LOOK_UP = 16384  # samples whose blocks are found at once
-IGNORE = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
 
 def as_batch(
@@ -128,7 +127,7 @@ class TrainBlocks(torch.utils.data.Dataset):
             numbers = np.where(np.asarray(samples) == FILLER, max(*samples, 0), samples).tolist()
         dataset, block, shard, number, is_last = self._find(numbers).T
         tokens = copy_rows(self._rows, shard, number, self.splits[0].block_size)
-        tokens[is_last.nonzero(), -1] = IGNORE
+        tokens[is_last.nonzero(), -1] = NO_TARGET
         if not (self._has_own_targets or has_filler):
             return Rows(tokens, None, samples, self.block_size)
         targets = tokens[:, 1:].copy()
@@ -138,7 +137,7 @@ class TrainBlocks(torch.utils.data.Dataset):
             if own is not None:
                 targets[mine] = own
         is_filler = np.asarray(samples) == FILLER
-        tokens[is_filler], targets[is_filler] = 0, IGNORE
+        tokens[is_filler], targets[is_filler] = 0, NO_TARGET
         return Rows(tokens, targets, samples, self.block_size)
 
     def _find(self, samples: list[int]) -> np.ndarray:
@@ -263,7 +262,7 @@ class ValidationRows:
         """Rows [first, first + count) as (count, T) inputs and targets; rows past the end are all -100 targets."""
         rows = np.arange(first, min(first + count, self.num_rows))
         inputs = np.zeros((count, self.block_size), dtype=np.int64)
-        targets = np.full((count, self.block_size), IGNORE, dtype=np.int64)
+        targets = np.full((count, self.block_size), NO_TARGET, dtype=np.int64)
         if rows.size:
             block_numbers = np.arange(rows[0] // self.rows_per_block, rows[-1] // self.rows_per_block + 1)
             skip = rows[0] - block_numbers[0] * self.rows_per_block

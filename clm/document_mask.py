@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clm.dataset import IGNORE, as_batch
+from clm.dataset import as_batch
 from clm.loss_only import is_installed
+from data_prep.blocks import NO_TARGET
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class DocumentMask:
 
     def targets(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """(B, T) targets, -100 where the next token is the first of another document."""
-        return np.where(inputs == self.eos_token_id, IGNORE, targets)
+        return np.where(inputs == self.eos_token_id, NO_TARGET, targets)
 
     def model_inputs(self, inputs: np.ndarray) -> Batch:
         """What the model needs beside the tokens: `position_ids`, (B, T) int64.

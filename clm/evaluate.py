@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clm.dataset import IGNORE, ValidationRows, as_batch
+from clm.dataset import ValidationRows, as_batch
+from data_prep.blocks import NO_TARGET
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +78,7 @@ def sum_losses(
         inputs, targets = rows.read((first_batch + rank) * batch_rows, batch_rows)
         batch = as_batch(inputs, targets, mask)
         targets = batch["shift_labels"].numpy()
-        valid = targets != IGNORE
+        valid = targets != NO_TARGET
         on_device = {name: v.to(device) if torch.is_tensor(v) else v for name, v in batch.items()}
         total[0] += forward(on_device).double().cpu()
         total[1] += int(valid.sum())

@@ -19,10 +19,11 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from clm.dataset import IGNORE, as_inputs, collate, collate_as_stock
+from clm.dataset import as_inputs, collate, collate_as_stock
 from clm.host_memory import keep_freed_memory
 from clm.meter import make_meter
 from clm.muon import make_optimizer
+from data_prep.blocks import NO_TARGET
 from data_prep.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class FastSteps(Trainer):
         batches = [as_inputs(batch, self.stage.block_size) for _, batch in taken]
         if not batches:
             return batches, None
-        num_items = sum((batch["shift_labels"] != IGNORE).sum() for batch in batches)
+        num_items = sum((batch["shift_labels"] != NO_TARGET).sum() for batch in batches)
         if self.plan.num_data_processes > 1:
             num_items = self.accelerator.gather(num_items).sum() // self.plan.tp_size
         return batches, num_items

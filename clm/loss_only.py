@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from clm.attention import with_masks
-from clm.dataset import IGNORE
+from data_prep.blocks import NO_TARGET
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,7 @@ def _forward(
     z_coefficient = self.z_loss if with_z_loss else 0.0
     sums = _sum_losses(self, outputs.last_hidden_state, shift_labels, z_coefficient)
     if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != IGNORE).sum()
+        num_items_in_batch = (shift_labels != NO_TARGET).sum()
     loss, cross_entropy, z_loss = (None if each is None else each / num_items_in_batch for each in sums)
     aux_loss = None
     if output_router_logits:
@@ -152,7 +152,7 @@ def _sum_losses(
         cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
         if not z_coefficient:
             return cross_entropy, None, None
-        z_loss = z_coefficient * (logits.logsumexp(dim=-1).square() * (targets != IGNORE)).sum()
+        z_loss = z_coefficient * (logits.logsumexp(dim=-1).square() * (targets != NO_TARGET)).sum()
         return cross_entropy + z_loss, cross_entropy.detach(), z_loss.detach()
     chunk_rows = CHUNK_ROWS_GPU if hidden.device.type == "cuda" else CHUNK_ROWS
     # with tensor parallelism a DTensor, whole on each process
@@ -198,7 +198,7 @@ class ChunkedLoss(torch.autograd.Function):
                 log_z = logits.logsumexp(dim=1, keepdim=True) if z_coefficient else None
                 log_p = logits.log_softmax(dim=1)
                 del logits
-                is_target = (labels != IGNORE)[:, None]
+                is_target = (labels != NO_TARGET)[:, None]
                 index = labels.clamp(min=0)[:, None]
                 cross_entropy -= (log_p.gather(1, index) * is_target).sum()
                 by_logits = log_p.exp_()  # softmax minus one at the target: the gradient of the loss by the logits

@@ -18,7 +18,6 @@ from data_prep.downloads import Downloads
 from data_prep.encode import Job, load_result
 from data_prep.errors import UserError
 from data_prep.fast_encoder import EncoderMismatchError
-from data_prep.lock import folder_lock
 from data_prep.manifest import SPLITS, token_dtype
 from data_prep.output import write_bytes_whole
 from data_prep.packing import CONCAT
@@ -26,7 +25,7 @@ from data_prep.plan import Options, Plan, make_plan
 from data_prep.prep import Settled, encode_all, prepare, settle
 from data_prep.progress import Progress
 from data_prep.proof import choose_or_give_up, note_mismatch
-from data_prep.settled import ALIGN_STATE, is_complete
+from data_prep.settled import ALIGN_STATE, is_complete, lock
 from data_prep.workers import Workers
 
 JOBS = "jobs.pickle"  # in the working folder
@@ -137,6 +136,6 @@ class FinishTask:
 
 @contextmanager
 def _working_in(plan: Plan) -> Iterator[None]:
-    with folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR"):
+    with lock(plan):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         yield

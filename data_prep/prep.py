@@ -24,7 +24,6 @@ from data_prep.filters import check_installed
 from data_prep.jobs import make_jobs, make_screening, make_stream
 from data_prep.ledger import describe_ledger, ledger_entry, no_value_rule
 from data_prep.listing import list_all_files, list_far_files
-from data_prep.lock import folder_lock
 from data_prep.manifest import MANIFEST_NAME, SPLITS, Manifest, TokenizerInfo, load_manifest, save_manifest, token_dtype
 from data_prep.output import write_dataset, write_whole
 from data_prep.packing import CONCAT
@@ -37,6 +36,7 @@ from data_prep.settled import (
     ALIGN_STATE,
     OWN_NAMES,
     is_complete,
+    lock,
     refuse_changed_source,
     remove_leftovers,
     remove_unfinished,
@@ -72,7 +72,7 @@ def prepare(options: Options) -> dict[str, Manifest]:
         for bucket, folder in plan.outputs.items():
             print(f"{folder}: complete, nothing to do ({manifests[bucket].num_train_tokens:,} train tokens).")
         return manifests
-    with folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR"):
+    with lock(plan):
         if is_complete(plan):  # another process finished it while we waited for nothing
             return _load_manifests(plan)
         try:

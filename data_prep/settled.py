@@ -7,7 +7,7 @@ UserError when the folder holds something else, which is never overwritten.
 import json
 import shlex
 import shutil
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,19 @@ def is_complete(plan: Plan) -> bool:
     return False
 
 
+def lock(plan: Plan) -> AbstractContextManager[None]:
+    """The right to write in the plan's folder, which one process has.
+
+    Raises:
+        UserError: another one has it, or nothing can be written there.
+    """
+    return folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR")
+
+
 def remove_leftovers(plan: Plan) -> None:
     """Remove what a process left that was killed after its last file; one that is about to end removes its own."""
     if plan.work.exists() or (plan.folder / LOCK_NAME).exists():
-        with suppress(UserError), folder_lock(plan.folder, "is preparing it", "OUT=... or DATA_DIR"):
+        with suppress(UserError), lock(plan):
             shutil.rmtree(plan.work, ignore_errors=True)
 
 

@@ -29,14 +29,20 @@ FSDP2 = ROOT / "accelerate_configs" / "fsdp2.yaml"
 TP = ROOT / "accelerate_configs" / "tp.yaml"
 
 
-def fsdp(
-    recipe: Path, name: str, *overrides: str, num_processes: int = 2, config: Path = FSDP2
+def accelerate(
+    config: Path, recipe: Path, name: str, *overrides: str, num_processes: int = 2, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "accelerate"), "launch", "--quiet", "--config_file", str(config), "--main_process_port", "0"]
     command += ["--num_processes", str(num_processes), "run_clm.py", str(recipe), f"training.run_name={name}"]
-    done = launch(*command, *overrides, CLM_FSDP_ON_CPU="1")
-    assert done.returncode == 0, done.stderr
+    done = launch(*command, *overrides, **environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done
+
+
+def fsdp(
+    recipe: Path, name: str, *overrides: str, num_processes: int = 2, config: Path = FSDP2
+) -> subprocess.CompletedProcess[str]:
+    return accelerate(config, recipe, name, *overrides, num_processes=num_processes, CLM_FSDP_ON_CPU="1")
 
 
 def test_context_and_sequence_parallel_launches_are_refused(train, monkeypatch):
@@ -234,7 +240,7 @@ def test_a_rollback_of_a_divided_model_takes_out_the_same_blocks(train, recipe, 
     poison = (quiet_config(recipe), *on(poisoned, "rollback"))
     one = train(*poison, name="one")
     if launcher == "tp":
-        fsdp(recipe, "two", *poison, config=TP)
+        accelerate(TP, recipe, "two", *poison)
     else:
         fsdp(recipe, "two", *poison, "training.per_device_train_batch_size=8")
     two = one.with_name("two")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +14,10 @@ import yaml
 from data_prep.errors import UserError
 
 from .conftest import losses, quiet_config, recorded
-from .test_fsdp import TP, assert_any_layout_goes_on, assert_is_one_process, before_the_end, fsdp
-from .test_launch import BIN, ROOT, TORCHRUN, launch
+from .test_fsdp import TP, accelerate, assert_any_layout_goes_on, assert_is_one_process, before_the_end, fsdp
+from .test_launch import ROOT, TORCHRUN, launch
 
-
-def tp(recipe: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "accelerate"), "launch", "--quiet", "--config_file", str(TP), "--main_process_port", "0"]
-    command += ["--num_processes", "2", "run_clm.py", str(recipe), f"training.run_name={name}"]
-    done = launch(*command, *overrides)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done
+tp = partial(accelerate, TP)
 
 
 @pytest.mark.slow
